@@ -1,0 +1,138 @@
+"""Device arithmetic of the codecs: codes to fp16 and scaled fp32 values to codes. No addresses here.
+
+Every function takes ``CAP``, the compute capability as an integer (90 for sm_90; 0 for portable Triton, e.g. the
+interpreter), and picks the cheapest exact instructions. ``decode_*`` returns fp16 values divided by the codec's gain
+(a power of two, see :func:`decode_gain`), so that GPUs without fp8 conversion can decode with shifts alone.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..formats import Codec
+
+FP8_CONVERT_CAP = tl.constexpr(89)  # first compute capability with e4m3 conversion instructions
+
+
+@triton.jit
+def _round_to_even_bits(magnitude, DROP: tl.constexpr, EXPONENT_SHIFT: tl.constexpr, SUBNORMAL_BELOW: tl.constexpr,
+                        SUBNORMAL_SCALE: tl.constexpr):
+    """Minifloat bits of non-negative fp32 values in range: drop ``DROP`` mantissa bits, ties to even."""
+    bits = magnitude.to(tl.uint32, bitcast=True)
+    normal = ((bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)) >> DROP) - EXPONENT_SHIFT
+    # Below the smallest normal the grid is uniform: adding 1.5 * 2**23 leaves the rounded integer in the low bits.
+    uniform = (magnitude * SUBNORMAL_SCALE + 12582912.0).to(tl.uint32, bitcast=True) & 0xFF
+    return tl.where(magnitude < SUBNORMAL_BELOW, uniform, normal)
+
+
+@triton.jit
+def _sign_bit(x):
+    return (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+
+
+@triton.jit
+def encode_e4m3(x, CAP: tl.constexpr):
+    """fp32 to e4m3 (saturating at 448, ties to even) as uint8."""
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    if CAP >= FP8_CONVERT_CAP:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        return (_round_to_even_bits(tl.abs(x), 20, 960, 0.015625, 512.0) | _sign_bit(x)).to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(codes, CAP: tl.constexpr):
+    """e4m3 codes to fp16; divided by 256 where the GPU lacks the conversion (fp16's exponent bias is 8 larger)."""
+    if CAP >= FP8_CONVERT_CAP:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    elif CAP > 0:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 lo, hi, slo, shi;
+            prmt.b32 lo, $2, 0, 0x1404;
+            prmt.b32 hi, $2, 0, 0x3424;
+            and.b32 slo, lo, 0x80008000;
+            and.b32 shi, hi, 0x80008000;
+            and.b32 lo, lo, 0x7f007f00;
+            and.b32 hi, hi, 0x7f007f00;
+            shr.u32 lo, lo, 1;
+            shr.u32 hi, hi, 1;
+            or.b32 $0, lo, slo;
+            or.b32 $1, hi, shi;
+            }""", '=r,=r,r', [codes], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        wide = codes.to(tl.uint16)
+        return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def encode_e5m2(x, CAP: tl.constexpr):
+    """fp32 to e5m2 (saturating at 57344, ties to even) as uint8."""
+    x = tl.minimum(tl.maximum(x, -57344.0), 57344.0)
+    if CAP >= FP8_CONVERT_CAP:
+        return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:
+        return (_round_to_even_bits(tl.abs(x), 21, 448, 6.103515625e-05, 65536.0) | _sign_bit(x)).to(tl.uint8)
+
+
+@triton.jit
+def decode_e5m2(codes, CAP: tl.constexpr):
+    """e5m2 codes to fp16: the code is fp16's upper byte."""
+    if CAP > 0:
+        return tl.inline_asm_elementwise('prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;', '=r,=r,r', [codes],
+                                         dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def encode_int8(x, CAP: tl.constexpr):
+    """fp32 to offset-binary int8 (n + 128) as uint8, ties to even."""
+    x = tl.minimum(tl.maximum(x, -127.0), 127.0)
+    # 1.5 * 2**23 + 128: the low byte of the sum is round(x) + 128.
+    return ((x + 12583040.0).to(tl.uint32, bitcast=True) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def decode_int8(codes, CAP: tl.constexpr):
+    """Offset-binary int8 codes to fp16. The fp16 with bits 0x6400 | n is 1024 + n: no integer conversion is needed."""
+    if CAP > 0:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 lo, hi, bias;
+            mov.b32 bias, 0x64806480;
+            prmt.b32 lo, $2, 0x64646464, 0x4140;
+            prmt.b32 hi, $2, 0x64646464, 0x4342;
+            sub.f16x2 $0, lo, bias;
+            sub.f16x2 $1, hi, bias;
+            }""", '=r,=r,r', [codes], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+
+
+@dataclass(frozen=True)
+class DeviceCodec:
+    """Device functions of one codec; ``soft_gain`` is what decoding divides by without fp8 conversion."""
+    encode: Any
+    decode: Any
+    soft_gain: float = 1.0
+
+
+DEVICE_CODECS: dict[str, DeviceCodec] = {
+    'e4m3': DeviceCodec(encode_e4m3, decode_e4m3, soft_gain=256.0),
+    'e5m2': DeviceCodec(encode_e5m2, decode_e5m2),
+    'int8': DeviceCodec(encode_int8, decode_int8),
+}
+
+
+def device_codec(codec: Codec) -> DeviceCodec:
+    """Device functions for a codec of the format table."""
+    return DEVICE_CODECS[codec.name]
+
+
+def decode_gain(codec: Codec, cap: int) -> float:
+    """Factor that turns what ``decode`` returns into the value the code stands for."""
+    return 1.0 if cap >= FP8_CONVERT_CAP.value else DEVICE_CODECS[codec.name].soft_gain

@@ -1,0 +1,322 @@
+"""Paged decode attention over a quantized cache: split-K with fp16 tensor-core operands, then a reduction.
+
+K's scale multiplies the scores and V's scale the probabilities, so that no tile is ever dequantized; K's and V's codes
+only become fp16, which is exact for every codec. Query rows are divided by a power of two near their largest element
+before they become fp16, so that any bf16 query fits.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .codecs import decode_gain, device_codec
+from .launch import check_device, compute_capability, interpreted, multiprocessors
+from .tiles import locate_split, tile_tokens, visible_tiles
+
+if TYPE_CHECKING:
+    from ..paged import PagedCache
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MAX_QUERY_LEN = 16
+MAX_GROUP = 64
+MAX_BATCH = 1024
+
+
+@triton.jit
+def _load_query(q_ptrs, mask):
+    """fp16 query rows and the power of two (fp32) each was divided by."""
+    q = tl.load(q_ptrs, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(q), 1)
+    power = (largest.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.where(largest > 0.0, power, 1.0)
+    return (q * (1.0 / power)[:, None]).to(tl.float16), power
+
+
+@triton.jit
+def _softcap(score, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(score / SOFTCAP), scores in units of log2."""
+    scale: tl.constexpr = 2.0 / SOFTCAP
+    return (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(score * scale) + 1.0))
+
+
+@triton.jit
+def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kcb,
+            stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D: tl.constexpr, DV: tl.constexpr,
+            PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr,
+            K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr, WINDOW: tl.constexpr,
+            SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, GUARD: tl.constexpr, CAP: tl.constexpr):
+    """One online-softmax step over one tile. GUARD: some row may not see every token of it."""
+    block, offset, position = tile_tokens(table_ptr, tile, kv_len, PAGE, BLOCK_N, GUARD)
+    k_ptrs = k_ptr + (block * stride_kcb + offset * stride_kct)[None, :] + dim[:, None]
+    v_ptrs = v_ptr + (block * stride_vcb + offset)[None, :] + (dim_v * stride_vcd)[:, None]
+    k_codes = tl.load(k_ptrs) if dim.shape[0] == D else tl.load(k_ptrs, mask=(dim < D)[:, None], other=0)
+    v_codes = tl.load(v_ptrs) if dim_v.shape[0] == DV else tl.load(v_ptrs, mask=(dim_v < DV)[:, None], other=0)
+    if GUARD:
+        # Slots beyond the sequence may hold anything, NaN codes included, and 0 * NaN would reach the output. Selecting
+        # after the load keeps the load wide.
+        v_codes = tl.where((position < kv_len)[None, :], v_codes, 0)
+
+    score = tl.dot(q, DECODE_K(k_codes, CAP)) * row_scale[:, None]
+    if K_PER_TOKEN:
+        ks_ptrs = ks_ptr + block * stride_ksb + offset
+        k_scale = tl.load(ks_ptrs, mask=position < kv_len, other=0.0) if GUARD else tl.load(ks_ptrs)
+        score = score * k_scale[None, :]
+    if SOFTCAP > 0.0:
+        score = _softcap(score, SOFTCAP)
+    if ALIBI:
+        score += slope[:, None] * (position[None, :] - q_pos[:, None]).to(tl.float32)
+    if GUARD:
+        seen = position[None, :] <= q_pos[:, None]
+        if WINDOW >= 0:
+            seen = seen & (position[None, :] >= q_pos[:, None] - WINDOW)
+        score = tl.where(seen, score, float('-inf'))
+        m_new = tl.maximum(m, tl.max(score, 1))
+        shift = tl.where(m_new == float('-inf'), 0.0, m_new)  # a row that has seen nothing yet: -inf - -inf is NaN
+    else:
+        m_new = tl.maximum(m, tl.max(score, 1))
+        shift = m_new
+    p = tl.exp2(score - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1)
+    if V_PER_TOKEN:
+        vs_ptrs = vs_ptr + block * stride_vsb + offset
+        v_scale = tl.load(vs_ptrs, mask=position < kv_len, other=0.0) if GUARD else tl.load(vs_ptrs)
+        # scale x qmax is the row's absmax, of order one where scale alone could leave fp16's normal range.
+        p = p * (v_scale * QMAX_V)[None, :]
+    acc = tl.dot(p.to(tl.float16), tl.trans(DECODE_V(v_codes, CAP)), acc * alpha[:, None])
+    return m_new, l, acc
+
+
+@triton.jit
+def _normalize(acc, m, l, sinks_ptr, head, mask, out_scale, HAS_SINKS: tl.constexpr):
+    """Final output rows: a sink joins the denominator; rows that saw nothing become zeros."""
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head, mask=mask, other=0.0).to(tl.float32) * LOG2E
+        top = tl.maximum(m, sink)
+        l = l * tl.exp2(m - top) + tl.exp2(sink - top)
+        acc = acc * tl.exp2(m - top)[:, None]
+    return acc * (out_scale / tl.where(l > 0.0, l, 1.0))[:, None]
+
+
+@triton.jit
+def _decode_kernel(
+        q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, k_static_ptr, v_static_ptr, out_ptr, partial_ptr, stats_ptr, plan_ptr,
+        sinks_ptr, slopes_ptr, kv_lens_ptr, table_ptr, batch, target, sm_scale,  #
+        stride_qt, stride_qh, stride_ot, stride_oh, stride_table,  # query and output: token, head
+        stride_kcb, stride_kch, stride_kct, stride_vcb, stride_vch, stride_vcd,  # codes: block, head, token or dim
+        stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
+        GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr,
+        MIN_TILES: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, GAIN_K: tl.constexpr,
+        GAIN_V: tl.constexpr, QMAX_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
+        WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
+        CAP: tl.constexpr):
+    """One program: one split of one sequence, one KV head, BLOCK_M of its GROUP x QUERY_LEN query rows."""
+    ROWS: tl.constexpr = GROUP * QUERY_LEN
+    ROW_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    kv_head = tl.program_id(0) // ROW_TILES
+    row = (tl.program_id(0) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    work = tl.program_id(1)
+    seq, split, splits, kv_len = locate_split(work, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N, BATCH,
+                                              MIN_TILES)
+    if seq >= batch:
+        return
+    first, last = visible_tiles(kv_len, QUERY_LEN, WINDOW, BLOCK_N)
+    tiles = last - first
+    last = first + tiles * (split + 1) // splits
+    first = first + tiles * split // splits
+
+    row_mask = row < ROWS
+    head = kv_head * GROUP + row % GROUP
+    token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
+    q_pos = kv_len - QUERY_LEN + row // GROUP
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    q, row_scale = _load_query(q_ptr + (token * stride_qt + head * stride_qh)[:, None] + dim[None, :],
+                               row_mask[:, None] & (dim < D)[None, :])
+    row_scale = row_scale * (sm_scale * GAIN_K * LOG2E)
+    out_scale = GAIN_V
+    if not K_PER_TOKEN:
+        row_scale = row_scale * tl.load(k_static_ptr + kv_head * stride_k_static)
+    if V_PER_TOKEN:
+        out_scale = out_scale / QMAX_V
+    else:
+        out_scale = out_scale * tl.load(v_static_ptr + kv_head * stride_v_static)
+    slope = row_scale
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
+
+    table_ptr += seq.to(tl.int64) * stride_table
+    k_ptr += kv_head * stride_kch
+    v_ptr += kv_head * stride_vch
+    if K_PER_TOKEN:
+        ks_ptr += kv_head * stride_ksh
+    if V_PER_TOKEN:
+        vs_ptr += kv_head * stride_vsh
+    m = tl.full([BLOCK_M], float('-inf'), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    # Tiles that every row sees whole need no masks; they lie between the window's edge and the newest tokens.
+    full = first
+    if WINDOW >= 0:
+        full = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(kv_len - 1 - WINDOW, 0), BLOCK_N), first), last)
+        for tile in tl.range(first, full, num_stages=1):
+            m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr,
+                                vs_ptr, stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim,
+                                dim_v, D, DV, PAGE, BLOCK_N, DECODE_K, DECODE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V,
+                                WINDOW, SOFTCAP, ALIBI, True, CAP)
+    tail = tl.minimum(tl.maximum(tl.maximum(kv_len - QUERY_LEN + 1, 0) // BLOCK_N, full), last)
+    for tile in range(full, tail):
+        m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr,
+                            stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D, DV,
+                            PAGE, BLOCK_N, DECODE_K, DECODE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW, SOFTCAP, ALIBI,
+                            False, CAP)
+    for tile in tl.range(tail, last, num_stages=1):
+        m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr,
+                            stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D, DV,
+                            PAGE, BLOCK_N, DECODE_K, DECODE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW, SOFTCAP, ALIBI,
+                            True, CAP)
+
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    mask = row_mask[:, None] & (dim_v < DV)[None, :]
+    if split == 0:
+        tl.store(plan_ptr + seq * 2, work)
+        tl.store(plan_ptr + seq * 2 + 1, splits)
+    if splits == 1:
+        out = _normalize(acc, m, l, sinks_ptr, head, row_mask, out_scale, HAS_SINKS)
+        tl.store(out_ptr + (token * stride_ot + head * stride_oh)[:, None] + dim_v[None, :],
+                 out.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        part = (work.to(tl.int64) * (tl.num_programs(0) // ROW_TILES) + kv_head) * ROWS + row
+        tl.store(partial_ptr + (part * DV)[:, None] + dim_v[None, :], acc * out_scale, mask=mask)
+        tl.store(stats_ptr + part * 2, m, mask=row_mask)
+        tl.store(stats_ptr + part * 2 + 1, l, mask=row_mask)
+
+
+@triton.jit
+def _reduce_kernel(partial_ptr, stats_ptr, plan_ptr, out_ptr, sinks_ptr, stride_ot, stride_oh, kv_heads,
+                   GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+                   SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr):
+    """One program combines the splits of one query row (head, token)."""
+    ROWS: tl.constexpr = GROUP * QUERY_LEN
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1) // ROWS
+    row = tl.program_id(1) % ROWS
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    work = tl.load(plan_ptr + seq * 2)
+    splits = tl.load(plan_ptr + seq * 2 + 1)
+    if splits == 1:  # the decode kernel wrote the row
+        return
+    head = kv_head * GROUP + row % GROUP
+    dim = tl.arange(0, BLOCK_DV)
+    lane = tl.arange(0, SPLITS)
+    m = tl.full([SPLITS], float('-inf'), tl.float32)
+    l = tl.zeros([SPLITS], tl.float32)
+    acc = tl.zeros([SPLITS, BLOCK_DV], tl.float32)
+    for start in range(0, splits, SPLITS):
+        mask = start + lane < splits
+        part = ((work + start + lane).to(tl.int64) * kv_heads + kv_head) * ROWS + row
+        m_new = tl.load(stats_ptr + part * 2, mask=mask, other=float('-inf'))
+        l_new = tl.load(stats_ptr + part * 2 + 1, mask=mask, other=0.0)
+        new = tl.load(partial_ptr + (part * DV)[:, None] + dim[None, :], mask=mask[:, None] & (dim < DV)[None, :],
+                      other=0.0)
+        top = tl.maximum(m, m_new)
+        shift = tl.where(top == float('-inf'), 0.0, top)
+        old_factor, new_factor = tl.exp2(m - shift), tl.exp2(m_new - shift)
+        l = l * old_factor + l_new * new_factor
+        acc = acc * old_factor[:, None] + new * new_factor[:, None]
+        m = top
+    top = tl.max(m, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    shift = tl.where(top == float('-inf'), 0.0, top)
+    factor = tl.exp2(m - shift)
+    total = tl.sum(l * factor, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - shift)
+    out = tl.sum(acc * factor[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
+    tl.store(out_ptr + token * stride_ot + head * stride_oh + dim, out.to(out_ptr.dtype.element_ty), mask=dim < DV)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch parameters of the decode kernel; they change speed, never results beyond rounding.
+
+    Attributes:
+        block_n: tokens per step. waves: programs per multiprocessor aimed at. min_tiles: fewest tiles worth a split.
+    """
+    block_n: int
+    waves: float = 4.0
+    min_tiles: int = 2
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def default_config(block_size: int, head_dim: int) -> DecodeConfig:
+    """Launch parameters for a page size (tokens) and head size."""
+    return DecodeConfig(block_n=min(block_size, 64 if head_dim > 128 else 128))
+
+
+def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
+           *, query_len: int, sm_scale: float, window: int | None = None, softcap: float | None = None,
+           sinks: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None,
+           config: DecodeConfig | None = None) -> torch.Tensor:
+    """Launch paged attention; arguments as in :func:`lmdeploy_kvq.paged_attention`, ``out`` [tokens, heads, v_dim].
+
+    Reads lengths on the device only, so a launch can be captured in a CUDA graph. Allocates split-K workspace from
+    PyTorch's caching allocator.
+
+    Raises:
+        ValueError: shapes, strides or limits (query_len 1..16, group 1..64, batch 1..1024) violated.
+    """
+    check_device(query)
+    tokens, heads, dim = query.shape
+    batch, kv_heads, dim_v = kv_lens.size(0), cache.num_kv_heads, cache.v_head_dim
+    group = heads // kv_heads
+    if tokens != batch * query_len or dim != cache.head_dim or heads % kv_heads:
+        raise ValueError(f'query {tuple(query.shape)} does not fit batch {batch} x query_len {query_len}, '
+                         f'{kv_heads} KV heads and head_dim {cache.head_dim}')
+    for what, given, limit in (('query_len', query_len, MAX_QUERY_LEN), ('query heads per KV head', group, MAX_GROUP),
+                               ('batch', batch, MAX_BATCH)):
+        if not 1 <= given <= limit:
+            raise ValueError(f'{what} is {given}; supported are 1 to {limit}')
+    if query.stride(-1) != 1 or out.stride(-1) != 1 or block_table.stride(-1) != 1:
+        raise ValueError('query, out and block_table must be contiguous in their last axis')
+    fmt, device = cache.format, query.device
+    config = config or default_config(cache.block_size, max(dim, dim_v))
+    cap = compute_capability(device)
+    pdl = cap >= 90 and not interpreted()
+    rows = group * query_len
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    grid_heads = kv_heads * triton.cdiv(rows, block_m)
+    target = max(1, round(config.waves * multiprocessors(device) / grid_heads))
+    works = target + batch
+    partial = torch.empty((works, kv_heads, rows, dim_v), dtype=torch.float32, device=device)
+    stats = torch.empty((works, kv_heads, rows, 2), dtype=torch.float32, device=device)
+    plan = torch.empty((batch, 2), dtype=torch.int32, device=device)
+    shared = dict(GROUP=group, QUERY_LEN=query_len, DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v),
+                  HAS_SINKS=sinks is not None, PDL=pdl)
+    _decode_kernel[(grid_heads, works)](
+        query, cache.k_codes, cache.v_codes, cache.k_scales, cache.v_scales, cache.k_static_scale, cache.v_static_scale,
+        out, partial, stats, plan, sinks, alibi_slopes, kv_lens, block_table, batch, target, sm_scale,
+        *query.stride()[:2], *out.stride()[:2], block_table.stride(0),
+        *cache.k_codes.stride()[:3], *cache.v_codes.stride()[:3], *cache.scale_strides('k'), *cache.scale_strides('v'),
+        *cache.static_strides(), D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
+        PAGE=cache.block_size, BATCH=triton.next_power_of_2(batch), MIN_TILES=config.min_tiles,
+        DECODE_K=device_codec(fmt.key.codec).decode, DECODE_V=device_codec(fmt.value.codec).decode,
+        GAIN_K=decode_gain(fmt.key.codec, cap), GAIN_V=decode_gain(fmt.value.codec, cap), QMAX_V=fmt.value.codec.qmax,
+        K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head,
+        WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
+        ALIBI=alibi_slopes is not None, CAP=cap, num_warps=config.num_warps, num_stages=config.num_stages, **shared)
+    _reduce_kernel[(batch, kv_heads * rows)](partial, stats, plan, out, sinks, *out.stride()[:2], kv_heads, SPLITS=16,
+                                             num_warps=4, **shared, **({'launch_pdl': True} if pdl else {}))
+    return out

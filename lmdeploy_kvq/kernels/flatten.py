@@ -1,0 +1,137 @@
+"""Flatten: decode pages into dense K and V for prefill attention."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .codecs import decode_gain, device_codec
+from .launch import check_device, compute_capability
+from .tiles import locate_tile, tile_tokens
+
+if TYPE_CHECKING:
+    from ..paged import PagedCache
+
+
+@triton.jit
+def _flatten_kernel(
+        k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr, key_out_ptr, value_out_ptr,
+        key_new_ptr, value_new_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,  #
+        stride_kcb, stride_kch, stride_kct, stride_vcb, stride_vch, stride_vcd,  # codes: block, head, token or dim
+        stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
+        stride_kot, stride_koh, stride_vot, stride_voh,  # dense output: token, head
+        stride_knt, stride_knh, stride_vnt, stride_vnh,  # new rows: token, head
+        DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, GAIN_K: tl.constexpr, GAIN_V: tl.constexpr,  #
+        K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,  #
+        BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,  #
+        WINDOW: tl.constexpr, NEW_GIVEN: tl.constexpr, BATCH: tl.constexpr, CAP: tl.constexpr):
+    """One program decodes one tile of tokens of one KV head.
+
+    With NEW_GIVEN the sequence's new tokens are copied from the rows they came from, and tiles that no new token
+    sees through WINDOW become zeros without being read.
+    """
+    head = tl.program_id(0)
+    seq, tile, kv_len, start = locate_tile(tl.program_id(1), kv_len_ptr, batch, BLOCK_N, BATCH)
+    if seq >= batch:
+        return
+    block, offset, position = tile_tokens(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, PAGE, BLOCK_N, True)
+    inside = position < kv_len
+    cached = inside
+    new_row = position.to(tl.int64) * 0
+    if NEW_GIVEN:
+        q_len = tl.load(q_len_ptr + seq).to(tl.int32)
+        new_row = tl.load(q_start_ptr + seq).to(tl.int64) + position - (kv_len - q_len)
+        cached = inside & (position < kv_len - q_len)
+        if WINDOW >= 0:
+            cached = cached & (position >= kv_len - q_len - WINDOW)
+    fresh = inside & (position >= kv_len - q_len) if NEW_GIVEN else inside & False
+    row = start + position
+
+    dim = tl.arange(0, BLOCK_D)
+    mask = (dim < D)[None, :]
+    codes = tl.load(k_codes_ptr + (block * stride_kcb + offset * stride_kct)[:, None] + head * stride_kch + dim[None, :],
+                    mask=cached[:, None] & mask, other=0)
+    if K_PER_TOKEN:
+        scale = tl.load(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, mask=cached, other=0.0)
+    else:
+        scale = tl.load(k_static_ptr + head * stride_k_static) + tl.zeros([BLOCK_N], tl.float32)
+    key = DECODE_K(codes, CAP).to(tl.float32) * GAIN_K * scale[:, None]
+    key = tl.where(cached[:, None], key, 0.0).to(key_out_ptr.dtype.element_ty)
+    if NEW_GIVEN:
+        new = tl.load(key_new_ptr + (new_row * stride_knt)[:, None] + head * stride_knh + dim[None, :],
+                      mask=fresh[:, None] & mask, other=0.0)
+        key = tl.where(fresh[:, None], new.to(key.dtype), key)
+    tl.store(key_out_ptr + (row * stride_kot)[:, None] + head * stride_koh + dim[None, :], key,
+             mask=inside[:, None] & mask)
+
+    dim_v = tl.arange(0, BLOCK_DV)
+    mask_v = (dim_v < DV)[None, :]
+    codes = tl.load(v_codes_ptr + (block * stride_vcb + offset)[None, :] + head * stride_vch + (dim_v * stride_vcd)[:, None],
+                    mask=cached[None, :] & (dim_v < DV)[:, None], other=0)
+    if V_PER_TOKEN:
+        scale = tl.load(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, mask=cached, other=0.0)
+    else:
+        scale = tl.load(v_static_ptr + head * stride_v_static) + tl.zeros([BLOCK_N], tl.float32)
+    value = DECODE_V(codes, CAP).to(tl.float32) * GAIN_V * scale[None, :]
+    value = tl.trans(tl.where(cached[None, :], value, 0.0).to(value_out_ptr.dtype.element_ty))
+    if NEW_GIVEN:
+        new = tl.load(value_new_ptr + (new_row * stride_vnt)[:, None] + head * stride_vnh + dim_v[None, :],
+                      mask=fresh[:, None] & mask_v, other=0.0)
+        value = tl.where(fresh[:, None], new.to(value.dtype), value)
+    tl.store(value_out_ptr + (row * stride_vot)[:, None] + head * stride_voh + dim_v[None, :], value,
+             mask=inside[:, None] & mask_v)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The batch's new tokens before quantization; prefill attends to these instead of their cached codes.
+
+    Attributes:
+        key: [tokens, kv_heads, head_dim]; value: [tokens, kv_heads, v_head_dim].
+        q_start, q_lens: [batch] first new token and number of new tokens of each sequence.
+        window: earlier tokens a token sees besides itself (None: all); cached tokens outside become zeros.
+    """
+    key: torch.Tensor
+    value: torch.Tensor
+    q_start: torch.Tensor
+    q_lens: torch.Tensor
+    window: int | None = None
+
+
+def flatten(cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, key_out: torch.Tensor,
+            value_out: torch.Tensor, total_tokens: int, new: NewTokens | None = None) -> None:
+    """Decode ``kv_lens`` tokens of every sequence into dense rows, sequences one after another.
+
+    Args:
+        cache: the paged cache.
+        block_table: [batch, max_blocks] int32 page ids; kv_lens: [batch] integers.
+        key_out, value_out: [rows >= total_tokens, kv_heads, dim], any strides with a contiguous last axis.
+        total_tokens: an upper bound of ``sum(kv_lens)``, known on the host.
+        new: see :class:`NewTokens`.
+
+    Raises:
+        ValueError: tensors that kernels cannot run on.
+    """
+    check_device(cache.k_codes)
+    if total_tokens == 0:
+        return
+    fmt, batch = cache.format, kv_lens.size(0)
+    block_n = min(64, cache.block_size)
+    cap = compute_capability(cache.k_codes.device)
+    k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
+    _flatten_kernel[(cache.num_kv_heads, triton.cdiv(total_tokens, block_n) + batch)](
+        cache.k_codes, cache.v_codes, cache.k_scales, cache.v_scales, cache.k_static_scale, cache.v_static_scale,
+        key_out, value_out, new and new.key, new and new.value, new and new.q_start, new and new.q_lens, kv_lens,
+        block_table, block_table.stride(0), batch,
+        *cache.k_codes.stride()[:3], *cache.v_codes.stride()[:3], *cache.scale_strides('k'), *cache.scale_strides('v'),
+        *cache.static_strides(), *key_out.stride()[:2], *value_out.stride()[:2],
+        *(new.key.stride()[:2] if new else (0, 0)), *(new.value.stride()[:2] if new else (0, 0)),
+        DECODE_K=k_codec.decode, DECODE_V=v_codec.decode, GAIN_K=decode_gain(fmt.key.codec, cap),
+        GAIN_V=decode_gain(fmt.value.codec, cap), K_PER_TOKEN=fmt.key.per_token_head,
+        V_PER_TOKEN=fmt.value.per_token_head, D=cache.head_dim, DV=cache.v_head_dim,
+        BLOCK_D=triton.next_power_of_2(cache.head_dim), BLOCK_DV=triton.next_power_of_2(cache.v_head_dim),
+        PAGE=cache.block_size, BLOCK_N=block_n, WINDOW=-1 if new is None or new.window is None else new.window,
+        NEW_GIVEN=new is not None, BATCH=triton.next_power_of_2(batch), CAP=cap)

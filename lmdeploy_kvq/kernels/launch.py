@@ -1,0 +1,39 @@
+"""What launchers need to know of the device, and their shared argument checks."""
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+
+def interpreted() -> bool:
+    """True under ``TRITON_INTERPRET=1``: kernels run on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.lru_cache(maxsize=None)
+def _gpu(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def compute_capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device as an integer (90 for sm_90); 0 (portable code) in the interpreter."""
+    return _gpu(device.index if device.index is not None else torch.cuda.current_device())[0] if _is_gpu(device) else 0
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; in the interpreter a small number, so that splits get tested."""
+    return _gpu(device.index if device.index is not None else torch.cuda.current_device())[1] if _is_gpu(device) else 4
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == 'cuda' and not interpreted()
+
+
+def check_device(tensor: torch.Tensor) -> None:
+    """Raise ValueError unless kernels can run on this tensor."""
+    if tensor.device.type != 'cuda' and not interpreted():
+        raise ValueError(f'kernels run on CUDA tensors, got {tensor.device.type}; set TRITON_INTERPRET=1 before '
+                         'importing triton to run them on CPU tensors, or use lmdeploy_kvq.reference')

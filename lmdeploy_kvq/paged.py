@@ -1,0 +1,189 @@
+"""Public operations on a quantized paged KV cache: allocate, write, attend, flatten."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .formats import Encoding, KVFormat, get_format
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+@dataclass
+class PagedCache:
+    """Pages of one layer's quantized K and V.
+
+    Attributes:
+        format: the entry of the format table.
+        k_codes: uint8 [blocks, kv_heads, block_size, head_dim], last axis contiguous.
+        v_codes: uint8 [blocks, kv_heads, v_head_dim, block_size], last axis contiguous: V is token-contiguous inside
+            its page, because the product with the probabilities contracts over tokens (docs/formats.md).
+        k_scales, v_scales: fp32 [blocks, kv_heads, block_size], or None for a static encoding.
+        k_static_scale, v_static_scale: fp32 scalar or [kv_heads], or None for a per-token-head encoding.
+
+    Views with any block stride are accepted (LMDeploy packs all tensors of a block into one pool).
+    """
+    format: KVFormat
+    k_codes: torch.Tensor
+    v_codes: torch.Tensor
+    k_scales: torch.Tensor | None = None
+    v_scales: torch.Tensor | None = None
+    k_static_scale: torch.Tensor | None = None
+    v_static_scale: torch.Tensor | None = None
+
+    @classmethod
+    def allocate(cls, fmt: str | int | KVFormat, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
+                 v_head_dim: int | None = None, device: torch.device | str = 'cuda') -> Self:
+        """Allocate zeroed pages.
+
+        Args:
+            fmt: format, name, alias or policy.
+            num_blocks: number of pages.
+            block_size: tokens per page, a power of two from 16 up.
+            num_kv_heads: KV heads.
+            head_dim: size of a K row; v_head_dim: size of a V row, ``head_dim`` if None.
+            device: where to allocate.
+
+        Raises:
+            ValueError: unknown format, a block size that is no power of two, or a head size it cannot pack.
+        """
+        fmt = get_format(fmt)
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        fmt.check_head_dims(head_dim, v_head_dim)
+        if block_size < 16 or block_size & (block_size - 1):
+            raise ValueError(f'block_size must be a power of two from 16 up, got {block_size}')
+
+        def scales(encoding: Encoding) -> torch.Tensor | None:
+            shape = (num_blocks, num_kv_heads, block_size)
+            return torch.zeros(shape, dtype=torch.float32, device=device) if encoding.per_token_head else None
+
+        def static(encoding: Encoding) -> torch.Tensor | None:
+            return None if encoding.per_token_head else torch.ones((), dtype=torch.float32, device=device)
+
+        return cls(fmt, torch.zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype=torch.uint8, device=device),
+                   torch.zeros((num_blocks, num_kv_heads, v_head_dim, block_size), dtype=torch.uint8, device=device),
+                   scales(fmt.key), scales(fmt.value), static(fmt.key), static(fmt.value))
+
+    @property
+    def num_blocks(self) -> int:
+        """Pages."""
+        return self.k_codes.size(0)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads."""
+        return self.k_codes.size(1)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per page."""
+        return self.k_codes.size(2)
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a K row."""
+        return self.k_codes.size(3)
+
+    @property
+    def v_head_dim(self) -> int:
+        """Elements of a V row."""
+        return self.v_codes.size(2)
+
+    @property
+    def k_scale(self) -> torch.Tensor:
+        """K's scale, fp32: [blocks, block_size, kv_heads], or the static scalar (or [kv_heads])."""
+        return self.k_static_scale if self.k_scales is None else self.k_scales.transpose(1, 2)
+
+    @property
+    def v_scale(self) -> torch.Tensor:
+        """V's scale, fp32: [blocks, block_size, kv_heads], or the static scalar (or [kv_heads])."""
+        return self.v_static_scale if self.v_scales is None else self.v_scales.transpose(1, 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        tensors = (self.k_codes, self.v_codes, self.k_scale, self.v_scale)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def scale_strides(self, which: str) -> tuple[int, int]:
+        """Block and head strides of ``k``'s or ``v``'s scales; zeros where there are none."""
+        scales = self.k_scales if which == 'k' else self.v_scales
+        return (0, 0) if scales is None else (scales.stride(0), scales.stride(1))
+
+    def static_strides(self) -> tuple[int, int]:
+        """Head strides of the static K and V scales: 0 for a scalar."""
+        return tuple(0 if s is None or s.dim() == 0 else s.stride(0) for s in (self.k_static_scale, self.v_static_scale))
+
+
+def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:
+    """Quantize new tokens into their slots, in place.
+
+    Args:
+        key: [tokens, kv_heads, head_dim], fp16, bf16 or fp32; value: [tokens, kv_heads, v_head_dim].
+        cache: written in place.
+        slot_mapping: [tokens] integers, slot = block * block_size + offset; negative slots are skipped and leave every
+            byte of the cache as it was.
+
+    Raises:
+        ValueError: shapes that do not fit the cache, or tensors the kernels cannot run on.
+    """
+    from .kernels.fill import TokenLayout, fill
+    if slot_mapping.shape != key.shape[:1]:
+        raise ValueError(f'slot_mapping has shape {tuple(slot_mapping.shape)}, one slot per token of key is needed')
+    fill(key, value, cache, TokenLayout(slots=slot_mapping.contiguous()))
+
+
+def paged_attention(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, *,
+                    query_len: int = 1, sm_scale: float | None = None, window: int | None = None,
+                    softcap: float | None = None, sinks: torch.Tensor | None = None,
+                    alibi_slopes: torch.Tensor | None = None) -> torch.Tensor:
+    """Causal attention of every sequence's newest tokens over its quantized pages.
+
+    Args:
+        query: [batch * query_len, heads, head_dim], fp16, bf16 or fp32; sequences one after another. Row j of a sequence
+            stands at position ``kv_len - query_len + j``.
+        cache: the pages; the new tokens are already written.
+        block_table: [batch, max_blocks] int32 page ids.
+        kv_lens: [batch] int32 or int64 tokens per sequence, the new ones included; 0 gives zero rows.
+        query_len: new tokens per sequence, 1 to 16.
+        sm_scale: softmax scale, ``head_dim ** -0.5`` if None.
+        window: how many earlier tokens a token sees besides itself; None or negative: all.
+        softcap: ``c`` in ``c * tanh(score / c)``; None, zero or negative: off.
+        sinks: [heads] one extra logit per query head, without a value.
+        alibi_slopes: [heads], ``slope * (kv_pos - q_pos)`` is added to the score.
+
+    Returns:
+        [batch * query_len, heads, v_head_dim] in query's dtype.
+
+    Raises:
+        ValueError: shapes or limits violated (query_len 1 to 16, heads per KV head 1 to 64, batch 1 to 1024).
+    """
+    from .kernels.decode import decode
+    out = query.new_empty((*query.shape[:2], cache.v_head_dim))
+    return decode(query, cache, block_table, kv_lens, out, query_len=query_len,
+                  sm_scale=query.size(-1)**-0.5 if sm_scale is None else sm_scale,
+                  window=None if window is None or window < 0 else window,
+                  softcap=None if softcap is None or softcap <= 0 else softcap, sinks=sinks, alibi_slopes=alibi_slopes)
+
+
+def flatten(cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor,
+            dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode the pages of a batch into dense tensors. Synchronizes with the device to size the result.
+
+    Args:
+        cache: the pages.
+        block_table: [batch, max_blocks] int32 page ids; kv_lens: [batch] tokens per sequence.
+        dtype: of the result.
+
+    Returns:
+        key [sum(kv_lens), kv_heads, head_dim] and value [sum(kv_lens), kv_heads, v_head_dim].
+    """
+    from .kernels.flatten import flatten as launch
+    total = int(kv_lens.sum())
+    key = torch.empty((total, cache.num_kv_heads, cache.head_dim), dtype=dtype, device=cache.k_codes.device)
+    value = torch.empty((total, cache.num_kv_heads, cache.v_head_dim), dtype=dtype, device=cache.k_codes.device)
+    launch(cache, block_table, kv_lens, key, value, total)
+    return key, value

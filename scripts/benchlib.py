@@ -1,0 +1,106 @@
+"""Shared by the benchmarks: timing through CUDA graphs, the read ceiling, environment, result files, tables."""
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'benchmarks' / 'results'
+ROTATE_BYTES = 512 << 20  # data a timed loop walks through: several times any L2, so that nothing stays cached
+
+
+def environment() -> dict[str, str]:
+    """GPU, versions, commit and date, as every result file carries them."""
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return 'not installed'
+
+    git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=ROOT, text=True,
+                         capture_output=True)
+    commit = git.stdout.strip() or (ROOT / '.commit').read_text().strip()
+    return {
+        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'cpu',
+        'gpus': str(torch.cuda.device_count()), 'cuda': torch.version.cuda or 'none', 'python': platform.python_version(),
+        **{name: version(name) for name in ('torch', 'triton', 'lmdeploy', 'transformers', 'flashinfer-python')},
+        'commit': commit, 'date': time.strftime('%Y-%m-%d', time.gmtime()),
+    }
+
+
+def graph_us(step: Callable[[int], object], copies: int, replays: int = 7) -> float:
+    """Median microseconds of one call: ``step(i)`` for i < copies captured in one CUDA graph and replayed."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(copies):
+            step(i)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / copies)
+    return statistics.median(times)
+
+
+@triton.jit
+def _read_kernel(x_ptr, out_ptr, words, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = start + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset, mask=offset < words, other=0)
+    total = tl.sum(x, 0)
+    if total == -1234567:  # keeps the loads; practically never stores
+        tl.store(out_ptr, total)
+
+
+def read_us(nbytes: int) -> float:
+    """Microseconds of a pure read of ``nbytes``, rotating through more data than the caches hold."""
+    words = nbytes // 4
+    copies = max(2, min(64, ROTATE_BYTES // nbytes))
+    data = torch.randint(0, 1 << 30, (copies, words), dtype=torch.int32, device='cuda')
+    out = torch.zeros(1, dtype=torch.int32, device='cuda')
+    best = float('inf')
+    for block in (4096, 16384):
+        grid = (triton.cdiv(words, block), )
+        best = min(best, graph_us(lambda i: _read_kernel[grid](data[i], out, words, BLOCK=block, num_warps=8), copies))
+    return best
+
+
+def write_results(name: str, rows: Sequence[dict], folder: Path | None = None, **extra: object) -> Path:
+    """Write ``NAME.json`` with the environment."""
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{name}.json'
+    path.write_text(json.dumps({'environment': environment(), **extra, 'rows': list(rows)}, indent=1) + '\n')
+    return path
+
+
+def print_table(rows: Sequence[dict], columns: Sequence[str]) -> None:
+    """Print rows as an aligned table."""
+
+    def cell(value: object) -> str:
+        return f'{value:.3g}' if isinstance(value, float) and abs(value) < 10 else \
+            f'{value:.1f}' if isinstance(value, float) else '' if value is None else str(value)
+
+    table = [list(columns), *[[cell(row.get(c)) for c in columns] for row in rows]]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        print('  '.join(text.ljust(width) for text, width in zip(line, widths)).rstrip(), flush=True)

@@ -1,0 +1,65 @@
+"""Compile, without a GPU, exactly what the launchers would launch: record a launch, then hand it to the compiler."""
+from __future__ import annotations
+
+import contextlib
+import unittest.mock as mock
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lmdeploy_kvq.kernels import decode, fill, flatten
+
+MODULES = (decode, fill, flatten)
+_POINTER = {torch.uint8: '*u8', torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16',
+            torch.int32: '*i32', torch.int64: '*i64'}
+
+
+class Recorder:
+    """Stands in for a jit function; keeps the arguments of each launch."""
+
+    def __init__(self, kernel: triton.JITFunction, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+@contextlib.contextmanager
+def recorded(cap: int):
+    """Within: launchers accept CPU tensors, believe in a GPU of capability ``cap``, and only record."""
+    launches: list = []
+    with contextlib.ExitStack() as stack:
+        for module in MODULES:
+            stack.enter_context(mock.patch.object(module, 'check_device', lambda tensor: None))
+            stack.enter_context(mock.patch.object(module, 'compute_capability', lambda device: cap))
+            for name in vars(module):
+                if name.startswith('_') and name.endswith('_kernel'):
+                    stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
+        stack.enter_context(mock.patch.object(decode, 'multiprocessors', lambda device: 132))
+        yield launches
+
+
+def compile_launch(kernel: triton.JITFunction, args: tuple, kwargs: dict, cap: int):
+    """Compile one recorded launch for ``cap``, specialized as Triton's launcher would (1, divisible by 16)."""
+    options = {k: kwargs[k] for k in ('num_warps', 'num_stages', 'launch_pdl') if k in kwargs}
+    given = dict(zip(kernel.arg_names, args), **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
+    constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = given[name]
+        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(position, )] = 'constexpr', value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTER[value.dtype]
+            attributes[(position, )] = [['tt.divisibility', 16]]
+        elif isinstance(value, int):
+            signature[name] = 'i32' if abs(value) < 2**31 else 'i64'
+            if value % 16 == 0:
+                attributes[(position, )] = [['tt.divisibility', 16]]
+        else:
+            signature[name] = 'fp32'
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget('cuda', cap, 32), options=options)
