@@ -1,0 +1,169 @@
+"""Policies, configuration and command line: what users of LMDeploy touch."""
+from __future__ import annotations
+
+import argparse
+import enum
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lmdeploy.utils import get_logger
+
+from ..formats import FORMATS, KVFormat, find_format, format_names, get_format
+from ..patching import Undo
+
+logger = get_logger('lmdeploy')
+
+
+def member_name(fmt: KVFormat) -> str:
+    """Name of a format's QuantPolicy member."""
+    return fmt.name.upper()
+
+
+def extend_quant_policy(policy: type[enum.IntEnum]) -> Undo:
+    """Add the formats LMDeploy does not know as members of QuantPolicy, in place (Python 3.10 to 3.13).
+
+    In place, because LMDeploy's modules hold references to the class itself. Members pickle, iterate and convert like
+    the others.
+    """
+    added = []
+    for fmt in FORMATS:
+        if fmt.policy in policy._value2member_map_:
+            continue
+        name = member_name(fmt)
+        member = int.__new__(policy, fmt.policy)
+        member._name_, member._value_ = name, fmt.policy
+        member.__objclass__ = policy
+        member._sort_order_ = len(policy._member_names_)
+        type.__setattr__(policy, name, member)
+        policy._member_names_.append(name)
+        policy._member_map_[name] = member
+        policy._value2member_map_[fmt.policy] = member
+        if hasattr(policy, '_hashable_values_'):
+            policy._hashable_values_.append(fmt.policy)
+        added.append(member)
+
+    def undo() -> None:
+        for member in added:
+            type.__delattr__(policy, member._name_)
+            policy._member_names_.remove(member._name_)
+            del policy._member_map_[member._name_], policy._value2member_map_[member._value_]
+            if hasattr(policy, '_hashable_values_'):
+                policy._hashable_values_.remove(member._value_)
+
+    return undo
+
+
+def _known() -> str:
+    from lmdeploy.messages import QuantPolicy
+    return ', '.join(f'{p.name.lower()} ({p.value})' for p in QuantPolicy)
+
+
+def check_pytorch_config(original: Callable[..., None], config: Any) -> None:
+    """Resolve names of formats; refuse unknown policies and devices our kernels do not run on."""
+    from lmdeploy.messages import QuantPolicy
+    given = config.quant_policy
+    if isinstance(given, str):
+        names = {p.name.lower(): p for p in QuantPolicy} | format_names()
+        text = given.strip().lower()
+        given = int(text) if text.isdecimal() else names.get(text, given)
+    if isinstance(given, str) or given not in list(QuantPolicy):
+        raise ValueError(f'unknown quant_policy {given!r}; known are {_known()}')
+    config.quant_policy = given
+    fmt = find_format(given)
+    if fmt is not None and not (fmt.upstream and config.device_type == 'ascend') and config.device_type != 'cuda':
+        raise ValueError(f'quant_policy {fmt.name} needs device_type cuda, got {config.device_type}; '
+                         'use quant_policy none (0) there')
+    original(config)
+
+
+def check_turbomind_config(original: Callable[..., None], config: Any) -> None:
+    """Refuse our policies on TurboMind."""
+    fmt = find_format(config.quant_policy) if isinstance(config.quant_policy, int) else None
+    if fmt is not None:
+        raise ValueError(f'quant_policy {fmt.name} ({fmt.policy}) runs on the PyTorch engine, not on TurboMind; use '
+                         'PytorchEngineConfig (--backend pytorch), or one of int4 (4) and int8 (8) with TurboMind')
+    original(config)
+
+
+def quant_policy_argument(original: Callable[..., argparse.Action], parser: Any, default: int = 0) -> argparse.Action:
+    """``--quant-policy``: LMDeploy's names and numbers, then ours."""
+    action = original(parser, default)
+    theirs = action.type
+
+    def parse(text: str) -> int:
+        key = text.strip().lower()
+        if key in format_names():
+            return format_names()[key]
+        try:
+            return theirs(text)  # type: ignore[operator,misc]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'unknown policy {text!r}; known are {_known()}') from None
+
+    action.type = parse
+    ours = '; '.join(f'{fmt.name} ({fmt.policy}): {fmt.summary}' for fmt in FORMATS)
+    action.help = f'{action.help} lmdeploy_kvq, PyTorch engine: {ours}.'.replace('%', '%%')
+    return action
+
+
+class _DefaultBackend(str):
+    """The default of ``--backend``, told from the same word given by the user by its type."""
+
+    def __str__(self) -> str:  # argparse passes string defaults through ``type``, here str
+        return self
+
+
+def backend_argument(original: Callable[..., argparse.Action], parser: Any) -> argparse.Action:
+    """``--backend`` with a default that can be recognized."""
+    action = original(parser)
+    action.default = _DefaultBackend(action.default)
+    return action
+
+
+def run_with_backend(original: Callable[..., Any], args: argparse.Namespace) -> Any:
+    """Select the PyTorch engine for our policies, in one line of the log; refuse an explicit TurboMind."""
+    fmt = find_format(getattr(args, 'quant_policy', 0))
+    if fmt is not None and args.backend != 'pytorch':
+        if not isinstance(args.backend, _DefaultBackend):
+            sys.exit(f'lmdeploy: error: --quant-policy {fmt.name} runs on the PyTorch engine; drop --backend '
+                     f'{args.backend} or use --backend pytorch')
+        args.backend = 'pytorch'
+        print(f'lmdeploy_kvq: --quant-policy {fmt.name} runs on the PyTorch engine: --backend pytorch is selected',
+              file=sys.stderr, flush=True)
+    return original(args)
+
+
+def name_policies(descriptions: dict[Any, str]) -> Undo:
+    """Let LMDeploy's 'Using ... KV cache' line name our formats."""
+    before = dict(descriptions)
+    descriptions.update({fmt.policy: f'{fmt.name} KV cache (lmdeploy_kvq)' for fmt in FORMATS})
+
+    def undo() -> None:
+        descriptions.clear()
+        descriptions.update(before)
+
+    return undo
+
+
+def forward_environment(envs: dict[str, str]) -> Undo:
+    """Register our variables among those that LMDeploy hands to Ray workers."""
+    from ..hook import ENVIRONMENT
+    ours = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    envs.update(ours)
+
+    def undo() -> None:
+        for name in ours:
+            envs.pop(name, None)
+
+    return undo
+
+
+def skip_in_dynamo(original: Callable[[], None]) -> None:
+    """Keep Dynamo out of our launchers, as LMDeploy does with its own."""
+    from torch._dynamo import trace_rules
+    original()
+    trace_rules.add('lmdeploy_kvq')
+
+
+__all__ = ['get_format', 'extend_quant_policy', 'member_name']

@@ -1,0 +1,208 @@
+"""THE patch table: every place where this package attaches to LMDeploy, checked before use and reversible.
+
+All rows are compared with the installed LMDeploy's source (version range, existence, parameter names) before any is
+applied; a mismatch leaves LMDeploy untouched, and only this package's policies are refused. Rows take effect as
+LMDeploy's modules are imported.
+"""
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from . import _autoload
+from .formats import find_format, format_names
+from .patching import Finder, Patch, Undo, data, initialized, mismatch, wrap
+
+SUPPORTED = ((0, 18), (0, 19))
+"""LMDeploy versions: from the first, up to but not including the second."""
+
+ENVIRONMENT = (_autoload.OPT_OUT, 'LMDEPLOY_KVQ_PREFILL')
+"""Our environment variables, forwarded to Ray workers on other nodes."""
+
+logger = logging.getLogger('lmdeploy')
+
+
+def _late(home: str, name: str) -> Callable[..., Any]:
+    """A function of ``backends`` that is imported when first called: backends import torch and LMDeploy."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        import importlib
+        return getattr(importlib.import_module(f'.backends.{home}', __package__), name)(*args, **kwargs)
+
+    return call
+
+
+_FORWARD = 'self query key value k_cache v_cache attn_metadata k_scales_zeros v_scales_zeros learnable_sink inplace'
+
+PATCHES: tuple[Patch, ...] = (
+    data('lmdeploy.messages', 'QuantPolicy', _late('config', 'extend_quant_policy'),
+         'the formats become members of QuantPolicy, so every API and CLI that takes one takes ours'),
+    wrap('lmdeploy.messages', 'PytorchEngineConfig.__post_init__', 'self', _late('config', 'check_pytorch_config'),
+         'names and numbers are accepted or refused, and devices checked, when the configuration is made'),
+    wrap('lmdeploy.messages', 'TurbomindEngineConfig.__post_init__', 'self', _late('config', 'check_turbomind_config'),
+         'TurboMind cannot read our pages: refuse, naming the engine that can'),
+    wrap('lmdeploy.cli.utils', 'ArgumentHelper.quant_policy', 'parser default', _late('config', 'quant_policy_argument'),
+         '--quant-policy accepts every name and alias, and --help lists them'),
+    wrap('lmdeploy.cli.utils', 'ArgumentHelper.backend', 'parser', _late('config', 'backend_argument'),
+         'an explicit --backend turbomind can be told from the default'),
+    wrap('lmdeploy.cli.serve', 'SubCliServe.api_server', 'args', _late('config', 'run_with_backend'),
+         'our policies select the PyTorch engine unless --backend says otherwise'),
+    wrap('lmdeploy.cli.cli', 'CLI.chat', 'args', _late('config', 'run_with_backend'),
+         'our policies select the PyTorch engine unless --backend says otherwise'),
+    wrap('lmdeploy.pytorch.engine.executor', '_finalize_sparse_mla_cache_policy', 'model_configs cache_config',
+         _late('cache', 'finalize_cache_policy'), 'models and head sizes a format cannot store are refused before loading'),
+    wrap('lmdeploy.pytorch.engine.cache_engine.schema', 'build_k_cache_desc', 'model_config cache_config world_size',
+         _late('cache', 'build_k_cache_desc'), 'K pages are allocated in our layout'),
+    wrap('lmdeploy.pytorch.engine.cache_engine.schema', 'build_v_cache_desc', 'model_config cache_config world_size',
+         _late('cache', 'build_v_cache_desc'), 'V pages are allocated in our layout'),
+    wrap('lmdeploy.pytorch.engine.cache_engine.schema', 'build_quant_cache_descs',
+         'k_cache_desc v_cache_desc model_config cache_config', _late('cache', 'build_quant_cache_descs'),
+         'scales are allocated with the pages'),
+    data('lmdeploy.pytorch.engine.cache_engine.engine', '_KV_CACHE_QUANT_POLICY_DESCS',
+         _late('config', 'name_policies'), 'the log names the cache format in use'),
+    wrap('lmdeploy.pytorch.backends.cuda.attention.default', 'TritonAttentionImpl.forward', _FORWARD,
+         _late('attention', 'forward'), 'attention writes and reads our pages'),
+    wrap('lmdeploy.pytorch.backends.cuda.attention.fa3', 'FA3Impl.forward', _FORWARD, _late('attention', 'forward'),
+         'attention writes and reads our pages'),
+    wrap('lmdeploy.pytorch.backends.cuda.graph_runner.full_graph', '_configure_decode_torch_compile', '',
+         _late('config', 'skip_in_dynamo'), 'torch.compile of decode graphs leaves our launchers alone'),
+    data('lmdeploy.pytorch.envs', '_ENVS', _late('config', 'forward_environment'),
+         'our environment variables reach Ray workers on other nodes'),
+)
+
+
+class Hook:
+    """Installs and removes the patch table in this process."""
+
+    def __init__(self, patches: tuple[Patch, ...] = PATCHES):
+        self.patches = patches
+        self.problems: list[str] = []
+        self.checked = False
+        self._undo: dict[str, Undo] = {}
+        self._finder: Finder | None = None
+
+    @property
+    def installed(self) -> bool:
+        """True between install and uninstall, unless the installed LMDeploy does not match."""
+        return self._finder is not None and not self.problems
+
+    def check(self) -> list[str]:
+        """Sentences saying what of the installed LMDeploy does not match the table; empty if all does."""
+        try:
+            version = metadata.version('lmdeploy')
+        except metadata.PackageNotFoundError:
+            return ['LMDeploy is not installed']
+        number = tuple(int(part) for part in version.split('.')[:2])
+        if not SUPPORTED[0] <= number < SUPPORTED[1]:
+            return [f'lmdeploy_kvq supports LMDeploy >= {_dotted(SUPPORTED[0])}, < {_dotted(SUPPORTED[1])}; '
+                    f'found {version}']
+        root = _package_folder()
+        found = (mismatch(patch, _source(root, patch.module)) for patch in self.patches)
+        return [f'LMDeploy {version}: {problem}' for problem in found if problem]
+
+    def install(self, strict: bool = True) -> None:
+        """Apply every row, now where the module is imported, otherwise when it is.
+
+        Args:
+            strict: raise on a mismatch; otherwise only this package's policies are refused.
+
+        Raises:
+            RuntimeError: LMDeploy does not match the table (strict only). Nothing has been changed then.
+        """
+        if self._finder is not None:
+            return
+        self.problems, self.checked = self.check(), True
+        if self.problems and strict:
+            raise RuntimeError('; '.join(self.problems))
+        names = {'lmdeploy.messages'} if self.problems else {patch.module for patch in self.patches}
+        self._finder = Finder('lmdeploy', names, self._apply, self._apply_initialized)
+        sys.meta_path.insert(0, self._finder)
+        self._apply_initialized()
+
+    def uninstall(self) -> None:
+        """Restore every original."""
+        if self._finder is not None:
+            sys.meta_path.remove(self._finder)
+            self._finder = None
+        while self._undo:
+            self._undo.popitem()[1]()
+
+    def state(self, patch: Patch) -> str:
+        """``applied``, ``waiting`` (its module is not imported yet), ``off`` or ``refused``."""
+        if self.problems:
+            return 'refused'
+        return 'applied' if patch.name in self._undo else 'waiting' if self._finder else 'off'
+
+    def _apply_initialized(self) -> None:
+        for name in self._finder.names if self._finder else ():
+            module = initialized(name)
+            if module is not None:
+                self._apply(module)
+
+    def _apply(self, module: ModuleType) -> None:
+        if self.problems:
+            self._refuse(module)
+            return
+        for patch in self.patches:
+            if patch.module == module.__name__ and patch.name not in self._undo:
+                self._undo[patch.name] = patch.apply(module)
+
+    def _refuse(self, messages: ModuleType) -> None:
+        """Leave LMDeploy as it is, except that our policies say why they are missing."""
+        if 'refusal' in self._undo:
+            return
+        reason = f'lmdeploy_kvq is inactive: {"; ".join(self.problems)}'
+        policies = set(format_names().values())
+
+        def missing(cls: type, value: object) -> None:
+            if value in policies:
+                raise ValueError(reason)
+
+        messages.QuantPolicy._missing_ = classmethod(missing)
+        self._undo['refusal'] = lambda: type.__delattr__(messages.QuantPolicy, '_missing_')
+        if format_names().keys() & {argument.lower() for argument in sys.argv}:
+            logger.error(reason)
+
+
+HOOK = Hook()
+
+
+def install() -> None:
+    """Attach to LMDeploy in this process; done by itself unless ``LMDEPLOY_KVQ=0`` is set.
+
+    Raises:
+        RuntimeError: the installed LMDeploy is not supported. Nothing has been changed then.
+    """
+    HOOK.install()
+
+
+def uninstall() -> None:
+    """Detach: every original of LMDeploy is restored. Engines built before keep what they use."""
+    HOOK.uninstall()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return '.'.join(map(str, version))
+
+
+def _package_folder() -> Path:
+    loaded = sys.modules.get('lmdeploy')
+    if loaded is not None:
+        return Path(next(iter(loaded.__path__)))
+    from importlib.util import find_spec
+    spec = find_spec('lmdeploy')
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _source(root: Path, module: str) -> Path:
+    path = root.joinpath(*module.split('.')[1:])
+    return path / '__init__.py' if path.is_dir() else path.with_suffix('.py')
+
+
+__all__ = ['HOOK', 'PATCHES', 'SUPPORTED', 'Hook', 'find_format', 'install', 'uninstall']
