@@ -75,7 +75,7 @@ class Ours:
     def __init__(self, name: str, load: Load, page: int, kv_heads: int, dim: int, config: dict):
         self.format = kvq.get_format(name)
         self.cache = kvq.PagedCache.allocate(self.format, load.pool_blocks, page, kv_heads, dim)
-        self.config = dataclasses.replace(default_config(page, dim), **config)
+        self.config = dataclasses.replace(default_config(dim, 16), **config)
         offset = torch.arange(page, device='cuda')
         fill_random(lambda k, v, blocks: kvq.reshape_and_cache(
             k, v, self.cache, (blocks[:, None] * page + offset).flatten()), load.pool_blocks, page, kv_heads, dim)

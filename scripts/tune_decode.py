@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument('--waves', default='2,3,4,6')
     parser.add_argument('--warps', default='4')
     parser.add_argument('--stages', default='2,3')
+    parser.add_argument('--maxnreg', default='0', help='register limits, 0 for none')
+    parser.add_argument('--top', type=int, default=3)
     parser.add_argument('--all', action='store_true', help='print every measurement')
     args = parser.parse_args()
     rows = []
@@ -31,20 +33,20 @@ def main() -> None:
         read = read_us(int(ours.bytes_per_token * int(load.lens.sum())))
         query = torch.randn((len(load.lens), heads, dim), dtype=torch.bfloat16, device='cuda')
         found = []
-        for block_n, waves, warps, stages in itertools.product(*(map(float, getattr(args, name).split(','))
-                                                                 for name in ('block_n', 'waves', 'warps', 'stages'))):
+        for block_n, waves, warps, stages, maxnreg in itertools.product(*(map(float, getattr(args, name).split(','))
+                                                                 for name in ('block_n', 'waves', 'warps', 'stages', 'maxnreg'))):
             ours.config = type(ours.config)(block_n=int(block_n), waves=waves, num_warps=int(warps),
-                                            num_stages=int(stages))
+                                            num_stages=int(stages), maxnreg=int(maxnreg) or None)
             try:
                 us = graph_us(lambda i: ours(query, load.tables[i % len(load.tables)], load.lens, 1), 4)
             except Exception as error:
                 print(shape, spec, page, ours.config, type(error).__name__, str(error)[:100])
                 continue
             found.append({'shape': shape, 'load': spec, 'page': page, 'format': fmt, 'block_n': int(block_n),
-                          'waves': waves, 'warps': int(warps), 'stages': int(stages), 'us': us,
+                          'waves': waves, 'warps': int(warps), 'stages': int(stages), 'maxnreg': int(maxnreg), 'us': us,
                           'read_fraction': read / us, 'error': ours.error(query, load.tables[0], load.lens, 1)})
         found.sort(key=lambda row: row['us'])
-        rows += found if args.all else found[:3]
+        rows += found if args.all else found[:args.top]
         del ours
         torch.cuda.empty_cache()
     print_table(rows, list(rows[0]))

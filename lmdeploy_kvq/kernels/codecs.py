@@ -69,6 +69,12 @@ def decode_e4m3(codes, CAP: tl.constexpr):
 
 
 @triton.jit
+def finite_e4m3(values):
+    """Decoded e4m3 with NaN replaced by a number (the format has no infinities; max returns the operand that is one)."""
+    return tl.maximum(values, tl.full([1, 1], -448.0, tl.float16))
+
+
+@triton.jit
 def encode_e5m2(x, CAP: tl.constexpr):
     """fp32 to e5m2 (saturating at 57344, ties to even) as uint8."""
     x = tl.minimum(tl.maximum(x, -57344.0), 57344.0)
@@ -86,6 +92,12 @@ def decode_e5m2(codes, CAP: tl.constexpr):
                                          dtype=tl.float16, is_pure=True, pack=4)
     else:
         return (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def finite_e5m2(values):
+    """Decoded e5m2 with NaN and infinities replaced by numbers."""
+    return tl.minimum(tl.maximum(values, tl.full([1, 1], -57344.0, tl.float16)), tl.full([1, 1], 57344.0, tl.float16))
 
 
 @triton.jit
@@ -113,18 +125,31 @@ def decode_int8(codes, CAP: tl.constexpr):
         return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
 
 
+@triton.jit
+def finite_always(values):
+    """Every code of the format is a finite number."""
+    return values
+
+
 @dataclass(frozen=True)
 class DeviceCodec:
-    """Device functions of one codec; ``soft_gain`` is what decoding divides by without fp8 conversion."""
+    """Device functions of one codec.
+
+    Attributes:
+        encode, decode: fp32 to codes, codes to fp16.
+        finite: makes whatever ``decode`` returns finite, for slots that were never written.
+        soft_gain: what ``decode`` divides by on GPUs without fp8 conversion.
+    """
     encode: Any
     decode: Any
+    finite: Any
     soft_gain: float = 1.0
 
 
 DEVICE_CODECS: dict[str, DeviceCodec] = {
-    'e4m3': DeviceCodec(encode_e4m3, decode_e4m3, soft_gain=256.0),
-    'e5m2': DeviceCodec(encode_e5m2, decode_e5m2),
-    'int8': DeviceCodec(encode_int8, decode_int8),
+    'e4m3': DeviceCodec(encode_e4m3, decode_e4m3, finite_e4m3, soft_gain=256.0),
+    'e5m2': DeviceCodec(encode_e5m2, decode_e5m2, finite_e5m2),
+    'int8': DeviceCodec(encode_int8, decode_int8, finite_always),
 }
 
 

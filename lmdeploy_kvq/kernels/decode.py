@@ -47,47 +47,47 @@ def _softcap(score, SOFTCAP: tl.constexpr):
 def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kcb,
             stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D: tl.constexpr, DV: tl.constexpr,
             PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr,
-            K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr, WINDOW: tl.constexpr,
-            SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, GUARD: tl.constexpr, CAP: tl.constexpr):
-    """One online-softmax step over one tile. GUARD: some row may not see every token of it."""
-    block, offset, position = tile_tokens(table_ptr, tile, kv_len, PAGE, BLOCK_N, GUARD)
+            FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr, WINDOW: tl.constexpr,
+            SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr):
+    """One online-softmax step over one tile.
+
+    Every tile is masked, although only those at the window's edge and at the newest tokens need it: a second, masked
+    copy of this body costs more (registers, hence programs per multiprocessor) than the masks do.
+    """
+    block, offset, position = tile_tokens(table_ptr, tile, kv_len, PAGE, BLOCK_N)
     k_ptrs = k_ptr + (block * stride_kcb + offset * stride_kct)[None, :] + dim[:, None]
-    v_ptrs = v_ptr + (block * stride_vcb + offset)[None, :] + (dim_v * stride_vcd)[:, None]
+    v_offset = block * stride_vcb + offset
+    if BLOCK_N > PAGE:
+        v_offset = tl.max_contiguous(tl.multiple_of(v_offset, 16), PAGE)
+    v_ptrs = v_ptr + v_offset[None, :] + (dim_v * stride_vcd)[:, None]
     k_codes = tl.load(k_ptrs) if dim.shape[0] == D else tl.load(k_ptrs, mask=(dim < D)[:, None], other=0)
     v_codes = tl.load(v_ptrs) if dim_v.shape[0] == DV else tl.load(v_ptrs, mask=(dim_v < DV)[:, None], other=0)
-    if GUARD:
-        # Slots beyond the sequence may hold anything, NaN codes included, and 0 * NaN would reach the output. Selecting
-        # after the load keeps the load wide.
-        v_codes = tl.where((position < kv_len)[None, :], v_codes, 0)
 
     score = tl.dot(q, DECODE_K(k_codes, CAP)) * row_scale[:, None]
     if K_PER_TOKEN:
         ks_ptrs = ks_ptr + block * stride_ksb + offset
-        k_scale = tl.load(ks_ptrs, mask=position < kv_len, other=0.0) if GUARD else tl.load(ks_ptrs)
-        score = score * k_scale[None, :]
+        score = score * tl.load(ks_ptrs, mask=position < kv_len, other=0.0)[None, :]
     if SOFTCAP > 0.0:
         score = _softcap(score, SOFTCAP)
     if ALIBI:
         score += slope[:, None] * (position[None, :] - q_pos[:, None]).to(tl.float32)
-    if GUARD:
-        seen = position[None, :] <= q_pos[:, None]
-        if WINDOW >= 0:
-            seen = seen & (position[None, :] >= q_pos[:, None] - WINDOW)
-        score = tl.where(seen, score, float('-inf'))
-        m_new = tl.maximum(m, tl.max(score, 1))
-        shift = tl.where(m_new == float('-inf'), 0.0, m_new)  # a row that has seen nothing yet: -inf - -inf is NaN
-    else:
-        m_new = tl.maximum(m, tl.max(score, 1))
-        shift = m_new
+    seen = position[None, :] <= q_pos[:, None]
+    if WINDOW >= 0:
+        seen = seen & (position[None, :] >= q_pos[:, None] - WINDOW)
+    score = tl.where(seen, score, float('-inf'))
+    m_new = tl.maximum(m, tl.max(score, 1))
+    shift = tl.where(m_new == float('-inf'), 0.0, m_new)  # a row that has seen nothing yet: -inf - -inf is NaN
     p = tl.exp2(score - shift[:, None])
     alpha = tl.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
     if V_PER_TOKEN:
         vs_ptrs = vs_ptr + block * stride_vsb + offset
-        v_scale = tl.load(vs_ptrs, mask=position < kv_len, other=0.0) if GUARD else tl.load(vs_ptrs)
+        v_scale = tl.load(vs_ptrs, mask=position < kv_len, other=0.0)
         # scale x qmax is the row's absmax, of order one where scale alone could leave fp16's normal range.
         p = p * (v_scale * QMAX_V)[None, :]
-    acc = tl.dot(p.to(tl.float16), tl.trans(DECODE_V(v_codes, CAP)), acc * alpha[:, None])
+    # Slots beyond the sequence may hold any bytes; a NaN or inf code would survive a probability of zero.
+    v = FINITE_V(DECODE_V(v_codes, CAP))
+    acc = tl.dot(p.to(tl.float16), tl.trans(v), acc * alpha[:, None])
     return m_new, l, acc
 
 
@@ -111,8 +111,8 @@ def _decode_kernel(
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr,
-        MIN_TILES: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, GAIN_K: tl.constexpr,
-        GAIN_V: tl.constexpr, QMAX_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
+        MIN_TILES: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, FINITE_V: tl.constexpr,
+        GAIN_K: tl.constexpr, GAIN_V: tl.constexpr, QMAX_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
         CAP: tl.constexpr):
     """One program: one split of one sequence, one KV head, BLOCK_M of its GROUP x QUERY_LEN query rows."""
@@ -161,26 +161,11 @@ def _decode_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # Tiles that every row sees whole need no masks; they lie between the window's edge and the newest tokens.
-    full = first
-    if WINDOW >= 0:
-        full = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(kv_len - 1 - WINDOW, 0), BLOCK_N), first), last)
-        for tile in tl.range(first, full, num_stages=1):
-            m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr,
-                                vs_ptr, stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim,
-                                dim_v, D, DV, PAGE, BLOCK_N, DECODE_K, DECODE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V,
-                                WINDOW, SOFTCAP, ALIBI, True, CAP)
-    tail = tl.minimum(tl.maximum(tl.maximum(kv_len - QUERY_LEN + 1, 0) // BLOCK_N, full), last)
-    for tile in range(full, tail):
+    for tile in range(first, last):
         m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr,
                             stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D, DV,
-                            PAGE, BLOCK_N, DECODE_K, DECODE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW, SOFTCAP, ALIBI,
-                            False, CAP)
-    for tile in tl.range(tail, last, num_stages=1):
-        m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr,
-                            stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D, DV,
-                            PAGE, BLOCK_N, DECODE_K, DECODE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW, SOFTCAP, ALIBI,
-                            True, CAP)
+                            PAGE, BLOCK_N, DECODE_K, DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW,
+                            SOFTCAP, ALIBI, CAP)
 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -253,17 +238,20 @@ class DecodeConfig:
 
     Attributes:
         block_n: tokens per step. waves: programs per multiprocessor aimed at. min_tiles: fewest tiles worth a split.
+        maxnreg: register limit per thread; at 16 query rows it decides how many programs a multiprocessor holds.
     """
     block_n: int
     waves: float = 4.0
     min_tiles: int = 2
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None
 
 
-def default_config(block_size: int, head_dim: int) -> DecodeConfig:
-    """Launch parameters for a page size (tokens) and head size."""
-    return DecodeConfig(block_n=min(block_size, 64 if head_dim > 128 else 128))
+def default_config(dim: int, block_m: int) -> DecodeConfig:
+    """Launch parameters for a head size (the larger of K's and V's) and a number of query rows per program."""
+    small = dim <= 128 and block_m == 16
+    return DecodeConfig(block_n=128 if dim <= 128 else 64, maxnreg=128 if small else None)
 
 
 def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
@@ -292,11 +280,11 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     if query.stride(-1) != 1 or out.stride(-1) != 1 or block_table.stride(-1) != 1:
         raise ValueError('query, out and block_table must be contiguous in their last axis')
     fmt, device = cache.format, query.device
-    config = config or default_config(cache.block_size, max(dim, dim_v))
     cap = compute_capability(device)
     pdl = cap >= 90 and not interpreted()
     rows = group * query_len
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    config = config or default_config(max(dim, dim_v), block_m)
     grid_heads = kv_heads * triton.cdiv(rows, block_m)
     target = max(1, round(config.waves * multiprocessors(device) / grid_heads))
     works = target + batch
@@ -313,10 +301,12 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         *cache.static_strides(), D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
         PAGE=cache.block_size, BATCH=triton.next_power_of_2(batch), MIN_TILES=config.min_tiles,
         DECODE_K=device_codec(fmt.key.codec).decode, DECODE_V=device_codec(fmt.value.codec).decode,
+        FINITE_V=device_codec(fmt.value.codec).finite,
         GAIN_K=decode_gain(fmt.key.codec, cap), GAIN_V=decode_gain(fmt.value.codec, cap), QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
-        ALIBI=alibi_slopes is not None, CAP=cap, num_warps=config.num_warps, num_stages=config.num_stages, **shared)
+        ALIBI=alibi_slopes is not None, CAP=cap, num_warps=config.num_warps, num_stages=config.num_stages, **shared,
+        **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
     _reduce_kernel[(batch, kv_heads * rows)](partial, stats, plan, out, sinks, *out.stride()[:2], kv_heads, SPLITS=16,
                                              num_warps=4, **shared, **({'launch_pdl': True} if pdl else {}))
     return out

@@ -37,7 +37,7 @@ def _flatten_kernel(
     seq, tile, kv_len, start = locate_tile(tl.program_id(1), kv_len_ptr, batch, BLOCK_N, BATCH)
     if seq >= batch:
         return
-    block, offset, position = tile_tokens(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, PAGE, BLOCK_N, True)
+    block, offset, position = tile_tokens(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, PAGE, BLOCK_N)
     inside = position < kv_len
     cached = inside
     new_row = position.to(tl.int64) * 0

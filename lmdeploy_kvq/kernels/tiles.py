@@ -67,12 +67,12 @@ def locate_tile(pid, kv_lens_ptr, batch, BLOCK_N: tl.constexpr, BATCH: tl.conste
 
 
 @triton.jit
-def tile_tokens(table_ptr, tile, kv_len, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, GUARD: tl.constexpr):
+def tile_tokens(table_ptr, tile, kv_len, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where tile ``tile`` of a sequence lives.
 
     Args:
         table_ptr: the sequence's row of the block table.
-        GUARD: True if the tile may reach beyond ``kv_len`` (the table is then not read there).
+        kv_len: tokens of the sequence; the table is not read beyond them.
 
     Returns:
         block (a scalar where a tile lies in one page, else [BLOCK_N]), offset [BLOCK_N] inside the page, and
@@ -86,10 +86,7 @@ def tile_tokens(table_ptr, tile, kv_len, PAGE: tl.constexpr, BLOCK_N: tl.constex
         offset = (tile % (PAGE // BLOCK_N)) * BLOCK_N + lane
     else:
         page = tile * (BLOCK_N // PAGE) + lane // PAGE
-        if GUARD:
-            block = tl.load(table_ptr + page, mask=position < kv_len, other=0).to(tl.int64)
-        else:
-            block = tl.load(table_ptr + page).to(tl.int64)
+        block = tl.load(table_ptr + page, mask=position < kv_len, other=0).to(tl.int64)
         offset = lane % PAGE
     return block, offset, position
 
