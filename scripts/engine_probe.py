@@ -4,7 +4,7 @@
   scripts/engine_probe.py '{"model": "~/models/smollm2", "quant_policy": "fp8_per_token_head", "out": "/tmp/a.pt"}'
 
 Keys: model; quant_policy; engine (further PytorchEngineConfig arguments); prompts (list of texts) with new_tokens
-(greedy), repeat (send the prompts again in the same engine: prefix cache hits); passages (lists of token ids, scored
+(greedy), batches (sizes: the first N prompts at once, one round after the other in the same engine); passages (lists of token ids, scored
 after generation, because LMDeploy's prompt logits disturb later generations); out (file for the passages' log-probs).
 """
 from __future__ import annotations
@@ -28,28 +28,28 @@ def main(spec: dict) -> dict:
     if spec.get('prompts'):
         generation = GenerationConfig(max_new_tokens=spec.get('new_tokens', 32), do_sample=False, ignore_eos=True)
         rounds = []
-        for _ in range(1 + spec.get('repeat', 0)):
+        for size in spec.get('batches', [len(spec['prompts'])]):
             start = time.time()
-            outputs = pipe(spec['prompts'], gen_config=generation, do_preprocess=False)
+            outputs = pipe(spec['prompts'][:size], gen_config=generation, do_preprocess=False)
             rounds.append({'seconds': time.time() - start, 'text': [o.text for o in outputs],
                            'tokens': [o.token_ids for o in outputs],
                            'cached_tokens': [o.cached_tokens for o in outputs]})
         result['rounds'] = rounds
-        result['prompt_ids'] = [pipe.tokenizer.encode(p, add_bos=True) for p in spec['prompts']]
+        result['prompt_ids'] = [pipe.async_engine.tokenizer.encode(p, add_bos=True) for p in spec['prompts']]
+    if spec.get('score_generated'):
+        result['decode_against_prefill'] = []
+        for ids, tokens in zip(result['prompt_ids'], result['rounds'][0]['tokens']):
+            logits = pipe._run(coro=pipe.async_engine.async_get_logits(input_ids=[ids + tokens])).result()[0]
+            scores = logits[len(ids) - 1:-1].float().log_softmax(-1).cpu()
+            chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            result['decode_against_prefill'].append({
+                'agreement': float((scores.argmax(-1) == torch.tensor(tokens)).float().mean()),
+                'worst_gap': float((scores.amax(-1) - chosen).max())})
     if spec.get('passages'):
         scores = []
         for ids in spec['passages']:
             logits = pipe._run(coro=pipe.async_engine.async_get_logits(input_ids=[ids])).result()[0]
             scores.append(torch.log_softmax(logits.float().cuda(), -1).half().cpu())
-        if spec.get('score_generated'):
-            agree = []
-            for ids, tokens in zip(result['prompt_ids'], result['rounds'][0]['tokens']):
-                logits = pipe._run(coro=pipe.async_engine.async_get_logits(input_ids=[ids + tokens])).result()[0]
-                picked = logits[len(ids) - 1:-1].float().log_softmax(-1).cpu()
-                chosen = picked.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-                agree.append({'agreement': float((picked.argmax(-1) == torch.tensor(tokens)).float().mean()),
-                              'worst_gap': float((picked.amax(-1) - chosen).max())})
-            result['decode_against_prefill'] = agree
         torch.save(scores, spec['out'])
         result['perplexity'] = [float(torch.exp(-s[:-1].float().gather(1, torch.tensor(ids[1:])[:, None]).mean()))
                                 for s, ids in zip(scores, spec['passages'])]

@@ -20,7 +20,8 @@ from benchlib import print_table, write_results
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = ['The capital of France is', 'Water boils when', 'def fibonacci(n):\n', 'The three primary colours are']
-UPSTREAM = {'none': 0, 'int8 (LMDeploy)': 8, 'int4 (LMDeploy)': 4, 'turbo_quant (LMDeploy)': 42}
+UPSTREAM = {'none': 0, 'int8 (LMDeploy)': 8, 'int4 (LMDeploy)': 4, 'turbo_quant (LMDeploy)': 42, 'fp8 (LMDeploy)': 16,
+            'fp8_e5m2 (LMDeploy)': 17}
 
 
 def passages(tokenizer, length: int) -> list[tuple[str, list[int]]]:
@@ -65,7 +66,7 @@ def main() -> None:
                 'model': args.model, 'quant_policy': policy, 'passages': [ids for _, ids in pieces],
                 'prompts': PROMPTS, 'new_tokens': 48, 'score_generated': True, 'out': f'{folder}/{name}.pt',
                 'engine': {'num_gpu_blocks': blocks, 'session_len': 2048, 'max_batch_size': 8},
-            }, {'LMDEPLOY_KVQ_PREFILL': 'cache'})
+            }, {'LMDEPLOY_KVQ_PREFILL': 'cache', 'LMDEPLOY_KVQ': '0' if 'LMDeploy' in name else '1'})
 
         with ThreadPoolExecutor(args.jobs) as pool:
             results = dict(pool.map(run, runs.items()))
@@ -87,10 +88,9 @@ def main() -> None:
                 rows.append({'policy': policy, 'format': name, 'domain': domain, 'tokens': count,
                              'perplexity': 2.718281828459045**(nll / tokens), 'mean_kl': kl / count,
                              'top1_agreement': top1 / count, 'num_gpu_blocks': results[name].get('num_gpu_blocks')})
-            if name in [f.name for f in FORMATS]:
-                check = results[name]['decode_against_prefill']
-                rows[-1]['decode_against_prefill_agreement'] = min(c['agreement'] for c in check)
-                rows[-1]['decode_against_prefill_worst_gap'] = max(c['worst_gap'] for c in check)
+            check = results[name]['decode_against_prefill']
+            rows[-1]['decode_against_prefill_agreement'] = min(c['agreement'] for c in check)
+            rows[-1]['decode_against_prefill_worst_gap'] = max(c['worst_gap'] for c in check)
     print_table(rows, ['format', 'policy', 'domain', 'tokens', 'perplexity', 'mean_kl', 'top1_agreement',
                        'decode_against_prefill_agreement', 'decode_against_prefill_worst_gap'])
     for name, result in results.items():

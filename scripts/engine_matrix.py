@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Greedy text of every format through every way the engine runs it; writes engine_matrix.json.
+
+Per policy, four engines: eager; CUDA graphs at batch 1, 7 and 64; prefix caching (the prompts twice); chunked prefill.
+Each is compared with the eager engine's tokens at batch 64. bf16 itself is a row: batch size and chunking change the
+order of its sums, so its own differences are the floor that a format is held to.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+
+from benchlib import print_table, write_results
+from eval_engine import probe
+
+from lmdeploy_kvq import FORMATS
+
+BATCHES = (1, 7, 64)
+WAYS = {
+    'eager': ({'eager_mode': True}, (64, )),
+    'graph': ({}, BATCHES),
+    'prefix': ({'enable_prefix_caching': True}, (64, 64)),
+    'chunked': ({'max_prefill_token_num': 256}, (64, )),
+}
+
+
+def prompts(count: int = 64) -> list[str]:
+    """Beginnings of the built-in passages, 20 to 500 words, no two alike."""
+    words = files('lmdeploy_kvq').joinpath('data/prose.txt').read_text(encoding='utf-8').replace('---', '').split()
+    return [' '.join(words[start:start + 20 + (start * 7) % 480])
+            for start in range(0, 60 * count, 60)][:count]
+
+
+def shared(a: list[list[int]], b: list[list[int]]) -> tuple[float, float]:
+    """Share of equal sequences, and mean share of tokens before the first difference."""
+    prefix = [sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(x, y))) / max(len(x), 1)
+              for x, y in zip(a, b)]
+    return sum(p == 1 for p in prefix) / len(prefix), sum(prefix) / len(prefix)
+
+
+def run(model: str, jobs: int, new_tokens: int = 32) -> list[dict]:
+    """One row per policy and way."""
+    policies = {'none': 0, **{fmt.name: fmt.policy for fmt in FORMATS}}
+
+    def one(item: tuple[str, str]) -> dict:
+        engine, batches = WAYS[item[1]]
+        return probe({'model': model, 'quant_policy': policies[item[0]], 'prompts': prompts(), 'new_tokens': new_tokens,
+                      'batches': list(batches),
+                      'engine': {'num_gpu_blocks': 1500, 'session_len': 2048, 'max_batch_size': 64, **engine}})
+
+    keys = list(itertools.product(policies, WAYS))
+    with ThreadPoolExecutor(jobs) as pool:
+        results = dict(zip(keys, pool.map(one, keys)))
+    rows = []
+    for (name, way), result in results.items():
+        base = results[name, 'eager']['rounds'][0]['tokens']
+        for number, (size, done) in enumerate(zip(WAYS[way][1], result['rounds'])):
+            equal, prefix = shared(done['tokens'], base[:size])
+            rows.append({'policy': policies[name], 'format': name, 'way': way, 'round': number, 'batch': size,
+                         'equal_sequences': equal, 'equal_prefix': prefix, 'cached_tokens': sum(done['cached_tokens']),
+                         'first_tokens': [t[:1] for t in done['tokens'][:3]]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--model', default='~/models/smollm2')
+    parser.add_argument('--jobs', type=int, default=8)
+    parser.add_argument('--out', type=Path)
+    args = parser.parse_args()
+    rows = run(args.model, args.jobs)
+    print_table(rows, ['format', 'policy', 'way', 'round', 'batch', 'equal_sequences', 'equal_prefix', 'cached_tokens'])
+    print(write_results('engine_matrix', rows, args.out, model=args.model))
+
+
+if __name__ == '__main__':
+    main()
