@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -30,7 +31,7 @@ def environment() -> dict[str, str]:
 
     git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=ROOT, text=True,
                          capture_output=True)
-    commit = git.stdout.strip() or (ROOT / '.commit').read_text().strip()
+    commit = git.stdout.strip() or os.environ.get('KVQ_COMMIT', 'unknown')  # a bare copy of the tree has no git
     return {
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'cpu',
         'gpus': str(torch.cuda.device_count()), 'cuda': torch.version.cuda or 'none', 'python': platform.python_version(),
