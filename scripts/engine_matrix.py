@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Greedy text of every format through every way the engine runs it; writes engine_matrix.json.
 
-Per policy, four engines: eager; CUDA graphs at batch 1, 7 and 64; prefix caching (the prompts twice); chunked prefill.
-Each is compared with the eager engine's tokens at batch 64. bf16 itself is a row: batch size and chunking change the
-order of its sums, so its own differences are the floor that a format is held to.
+Per policy: eager; CUDA graphs at batch 1, 7 and 64; prefix caching (the prompts twice); chunked prefill, compared with
+the eager engine's tokens at batch 64. By default a prompt attends to its own tokens unquantized, so that history met in
+chunks or in the prefix cache changes text a little; where prefill reads the cache (``cache``), all ways must agree. bf16
+is a row too: its own differences are the floor that a format is held to.
 """
 from __future__ import annotations
 
@@ -19,11 +20,15 @@ from eval_engine import probe
 from lmdeploy_kvq import FORMATS
 
 BATCHES = (1, 7, 64)
-WAYS = {
-    'eager': ({'eager_mode': True}, (64, )),
-    'graph': ({}, BATCHES),
-    'prefix': ({'enable_prefix_caching': True}, (64, 64)),
-    'chunked': ({'max_prefill_token_num': 256}, (64, )),
+PREFIX, CHUNKED = {'enable_prefix_caching': True}, {'max_prefill_token_num': 256}
+WAYS = {  # name: engine arguments, batches, what prefill reads
+    'eager': ({'eager_mode': True}, (64, ), 'raw'),
+    'graph': ({}, BATCHES, 'raw'),
+    'prefix': (PREFIX, (64, 64), 'raw'),
+    'chunked': (CHUNKED, (64, ), 'raw'),
+    'cache eager': ({'eager_mode': True}, (64, ), 'cache'),
+    'cache prefix': (PREFIX, (64, 64), 'cache'),
+    'cache chunked': (CHUNKED, (64, ), 'cache'),
 }
 
 
@@ -46,17 +51,18 @@ def run(model: str, jobs: int, new_tokens: int = 32) -> list[dict]:
     policies = {'none': 0, **{fmt.name: fmt.policy for fmt in FORMATS}}
 
     def one(item: tuple[str, str]) -> dict:
-        engine, batches = WAYS[item[1]]
+        engine, batches, prefill = WAYS[item[1]]
         return probe({'model': model, 'quant_policy': policies[item[0]], 'prompts': prompts(), 'new_tokens': new_tokens,
                       'batches': list(batches),
-                      'engine': {'num_gpu_blocks': 1500, 'session_len': 2048, 'max_batch_size': 64, **engine}})
+                      'engine': {'num_gpu_blocks': 1500, 'session_len': 2048, 'max_batch_size': 64, **engine}},
+                     {'LMDEPLOY_KVQ_PREFILL': prefill})
 
     keys = list(itertools.product(policies, WAYS))
     with ThreadPoolExecutor(jobs) as pool:
         results = dict(zip(keys, pool.map(one, keys)))
     rows = []
     for (name, way), result in results.items():
-        base = results[name, 'eager']['rounds'][0]['tokens']
+        base = results[name, 'cache eager' if WAYS[way][2] == 'cache' else 'eager']['rounds'][0]['tokens']
         for number, (size, done) in enumerate(zip(WAYS[way][1], result['rounds'])):
             equal, prefix = shared(done['tokens'], base[:size])
             rows.append({'policy': policies[name], 'format': name, 'way': way, 'round': number, 'batch': size,

