@@ -9,7 +9,7 @@ import torch
 from .formats import Encoding, KVFormat, get_format
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing_extensions import Self
 
 
 @dataclass
@@ -95,12 +95,12 @@ class PagedCache:
     @property
     def k_scale(self) -> torch.Tensor:
         """K's scale, fp32: [blocks, block_size, kv_heads], or the static scalar (or [kv_heads])."""
-        return self.k_static_scale if self.k_scales is None else self.k_scales.transpose(1, 2)
+        return self.k_static_scale if self.k_scales is None else self.k_scales.transpose(1, 2)  # type: ignore[return-value]
 
     @property
     def v_scale(self) -> torch.Tensor:
         """V's scale, fp32: [blocks, block_size, kv_heads], or the static scalar (or [kv_heads])."""
-        return self.v_static_scale if self.v_scales is None else self.v_scales.transpose(1, 2)
+        return self.v_static_scale if self.v_scales is None else self.v_scales.transpose(1, 2)  # type: ignore[return-value]
 
     @property
     def nbytes(self) -> int:
@@ -113,9 +113,10 @@ class PagedCache:
         scales = self.k_scales if which == 'k' else self.v_scales
         return (0, 0) if scales is None else (scales.stride(0), scales.stride(1))
 
-    def static_strides(self) -> tuple[int, int]:
+    def static_strides(self) -> tuple[int, ...]:
         """Head strides of the static K and V scales: 0 for a scalar."""
-        return tuple(0 if s is None or s.dim() == 0 else s.stride(0) for s in (self.k_static_scale, self.v_static_scale))
+        return tuple(0 if s is None or s.dim() == 0 else s.stride(0)
+                     for s in (self.k_static_scale, self.v_static_scale))
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:
@@ -143,8 +144,8 @@ def paged_attention(query: torch.Tensor, cache: PagedCache, block_table: torch.T
     """Causal attention of every sequence's newest tokens over its quantized pages.
 
     Args:
-        query: [batch * query_len, heads, head_dim], fp16, bf16 or fp32; sequences one after another. Row j of a sequence
-            stands at position ``kv_len - query_len + j``.
+        query: [batch * query_len, heads, head_dim], fp16, bf16 or fp32; sequences one after another. Row j of a
+            sequence stands at position ``kv_len - query_len + j``.
         cache: the pages; the new tokens are already written.
         block_table: [batch, max_blocks] int32 page ids.
         kv_lens: [batch] int32 or int64 tokens per sequence, the new ones included; 0 gives zero rows.

@@ -5,7 +5,7 @@ arguments as the public ones in :mod:`lmdeploy_kvq.paged`.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -93,7 +93,7 @@ def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache,
         new_codes, new_scales = encode(x[written], encoding, static)
         codes[block, offset] = new_codes
         if encoding.per_token_head:
-            scales.transpose(1, 2)[block, offset] = new_scales
+            scales.transpose(1, 2)[block, offset] = new_scales  # type: ignore[union-attr]
 
 
 def gather(cache: PagedCache, block_table: torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +115,7 @@ def gather(cache: PagedCache, block_table: torch.Tensor, kv_len: int) -> tuple[t
         (cache.format.key, cache.k_codes.transpose(1, 2), cache.k_scales, cache.k_static_scale),
         (cache.format.value, cache.v_codes.permute(0, 3, 1, 2), cache.v_scales, cache.v_static_scale),
     ):
-        scale = scales.transpose(1, 2)[block, offset] if encoding.per_token_head else static
+        scale: Any = scales.transpose(1, 2)[block, offset] if encoding.per_token_head else static  # type: ignore[union-attr]
         out.append(decode(codes[block, offset], encoding, scale))
     return out[0], out[1]
 

@@ -114,8 +114,8 @@ class LMDeploy:
 
         def write(key, value, blocks):
             n = torch.tensor([len(key)], device='cuda')
-            fill_kv_cache(key, value, self.k, self.v, torch.zeros_like(n), n, kv_seq_length=n, max_q_seq_length=len(key),
-                          block_offsets=blocks[None].int(), k_scales_zeros=self.scales[0],
+            fill_kv_cache(key, value, self.k, self.v, torch.zeros_like(n), n, kv_seq_length=n,
+                          max_q_seq_length=len(key), block_offsets=blocks[None].int(), k_scales_zeros=self.scales[0],
                           v_scales_zeros=self.scales[1], quant_policy=self.policy)
 
         fill_random(write, load.pool_blocks, page, kv_heads, dim)

@@ -34,7 +34,8 @@ def environment() -> dict[str, str]:
     commit = git.stdout.strip() or os.environ.get('KVQ_COMMIT', 'unknown')  # a bare copy of the tree has no git
     return {
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'cpu',
-        'gpus': str(torch.cuda.device_count()), 'cuda': torch.version.cuda or 'none', 'python': platform.python_version(),
+        'gpus': str(torch.cuda.device_count()), 'cuda': torch.version.cuda or 'none',
+        'python': platform.python_version(),
         **{name: version(name) for name in ('torch', 'triton', 'lmdeploy', 'transformers', 'flashinfer-python')},
         'commit': commit, 'date': time.strftime('%Y-%m-%d', time.gmtime()),
     }

@@ -3,8 +3,8 @@
 
 Per policy: eager; CUDA graphs at batch 1, 7 and 64; prefix caching (the prompts twice); chunked prefill, compared with
 the eager engine's tokens at batch 64. By default a prompt attends to its own tokens unquantized, so that history met in
-chunks or in the prefix cache changes text a little; where prefill reads the cache (``cache``), all ways must agree. bf16
-is a row too: its own differences are the floor that a format is held to.
+chunks or in the prefix cache changes text a little; where prefill reads the cache (``cache``), all ways must agree.
+bf16 is a row too: its own differences are the floor that a format is held to.
 """
 from __future__ import annotations
 

@@ -4,8 +4,9 @@
   scripts/engine_probe.py '{"model": "~/models/smollm2", "quant_policy": "fp8_per_token_head", "out": "/tmp/a.pt"}'
 
 Keys: model; quant_policy; engine (further PytorchEngineConfig arguments); prompts (list of texts) with new_tokens
-(greedy), batches (sizes: the first N prompts at once, one round after the other in the same engine); passages (lists of token ids, scored
-after generation, because LMDeploy's prompt logits disturb later generations); out (file for the passages' log-probs).
+(greedy), batches (sizes: the first N prompts at once, one round after the other in the same engine); passages (lists
+of token ids, scored after generation, because LMDeploy's prompt logits disturb later generations); out (file for the
+passages' log-probs).
 """
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def main(spec: dict) -> dict:
     from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
     start = time.time()
     config = PytorchEngineConfig(quant_policy=spec.get('quant_policy', 0), **spec.get('engine', {}))
-    pipe = pipeline(os.path.expanduser(spec['model']), backend_config=config, log_level=spec.get('log_level', 'WARNING'))
+    pipe = pipeline(os.path.expanduser(spec['model']), backend_config=config,
+                    log_level=spec.get('log_level', 'WARNING'))
     result: dict = {'quant_policy': int(config.quant_policy), 'start_seconds': time.time() - start}
     cache = pipe.async_engine.engine.executor.cache_config if hasattr(pipe.async_engine.engine, 'executor') else None
     if cache is not None:

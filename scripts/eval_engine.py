@@ -33,14 +33,15 @@ def passages(tokenizer, length: int) -> list[tuple[str, list[int]]]:
     return out
 
 
-def probe(spec: dict, env: dict | None = None, timeout: int = 500) -> dict:
+def probe(spec: dict, env: dict | None = None, timeout: int = 90) -> dict:
     """Run engine_probe.py in a fresh process."""
     done = subprocess.run([sys.executable, str(HERE / 'engine_probe.py'), json.dumps(spec)], text=True,
                           capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
     for line in done.stdout.splitlines():
         if line.startswith('RESULT '):
             return json.loads(line[7:])
-    raise RuntimeError(f'{spec.get("quant_policy")}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}')
+    raise RuntimeError(f'{spec.get("quant_policy")}: exit {done.returncode}\n{done.stdout[-2000:]}\n'
+                       f'{done.stderr[-6000:]}')
 
 
 def main() -> None:

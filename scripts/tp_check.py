@@ -19,17 +19,17 @@ from eval_engine import PROMPTS, passages, probe
 WAYS = {'tp=1': {}, 'tp=2 ray': {'tp': 2}, 'tp=2 mp': {'tp': 2, 'distributed_executor_backend': 'mp'}}
 
 
-def write_llama(folder: str, tokenizer_from: str, layers: int = 6, seed: int = 0) -> None:
-    """A random Llama (16 query and 8 KV heads of 128) in fp16, with another model's tokenizer."""
+def write_llama(folder: str, tokenizer_from: str, layers: int = 4, seed: int = 0) -> None:
+    """A random Llama (16 query and 8 KV heads of 128) in bf16, with another model's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers,
                          num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
-                         initializer_range=0.06, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
+                         initializer_range=0.02, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id)
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -39,7 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--tokenizer', default='~/models/smollm2')
     parser.add_argument('--policies', default='none,fp8_per_token_head,int8_per_token_head,fp8')
-    parser.add_argument('--keep', default=os.path.expanduser('~/models/random-llama'), help='where the Llama is written')
+    parser.add_argument('--keep', default=os.path.expanduser('~/models/random-llama'),
+                        help='where the Llama is written')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     tokenizer_from = os.path.expanduser(args.tokenizer)
@@ -51,7 +52,7 @@ def main() -> None:
         for policy in args.policies.split(','):
 
             def run(way: str, policy: str = policy) -> dict:
-                return probe({'model': args.keep, 'quant_policy': policy, 'prompts': PROMPTS, 'new_tokens': 24,
+                return probe({'model': args.keep, 'quant_policy': policy, 'prompts': PROMPTS, 'new_tokens': 16,
                               'passages': texts, 'out': f'{folder}/{way}.pt',
                               'engine': {'num_gpu_blocks': 300, 'session_len': 2048, 'max_batch_size': 8,
                                          **WAYS[way]}}, {'LMDEPLOY_KVQ_PREFILL': 'cache'})

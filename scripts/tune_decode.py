@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from pathlib import Path
 
 import torch
 from bench_decode import Load, Ours
-from benchlib import graph_us, print_table, read_us
+from benchlib import graph_us, print_table, read_us, write_results
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument('--warps', default='4')
     parser.add_argument('--stages', default='2,3')
     parser.add_argument('--maxnreg', default='0', help='register limits, 0 for none')
+    parser.add_argument('--out', type=Path, default=None, help='folder of the result file')
     parser.add_argument('--top', type=int, default=3)
     parser.add_argument('--all', action='store_true', help='print every measurement')
     args = parser.parse_args()
@@ -33,8 +35,9 @@ def main() -> None:
         read = read_us(int(ours.bytes_per_token * int(load.lens.sum())))
         query = torch.randn((len(load.lens), heads, dim), dtype=torch.bfloat16, device='cuda')
         found = []
-        for block_n, waves, warps, stages, maxnreg in itertools.product(*(map(float, getattr(args, name).split(','))
-                                                                 for name in ('block_n', 'waves', 'warps', 'stages', 'maxnreg'))):
+        for block_n, waves, warps, stages, maxnreg in itertools.product(*(
+                map(float, getattr(args, name).split(','))
+                for name in ('block_n', 'waves', 'warps', 'stages', 'maxnreg'))):
             ours.config = type(ours.config)(block_n=int(block_n), waves=waves, num_warps=int(warps),
                                             num_stages=int(stages), maxnreg=int(maxnreg) or None)
             try:
@@ -50,6 +53,7 @@ def main() -> None:
         del ours
         torch.cuda.empty_cache()
     print_table(rows, list(rows[0]))
+    print(write_results('decode_sweep', rows, args.out))
 
 
 if __name__ == '__main__':

@@ -9,8 +9,9 @@ if not GPU:
 
 
 def pytest_configure(config):
-    """Declare the ``gpu`` marker."""
+    """Declare the ``gpu`` marker; silence what Triton's interpreter does on every loop over device values."""
     config.addinivalue_line('markers', 'gpu: needs a CUDA GPU; skipped elsewhere')
+    config.addinivalue_line('filterwarnings', 'ignore:Conversion of an array with ndim:DeprecationWarning:triton')
 
 
 def pytest_collection_modifyitems(items):

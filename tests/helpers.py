@@ -28,7 +28,7 @@ class Problem:
 
     Attributes:
         cache: pages; every byte that holds no token is 0xFF.
-        block_table: [batch, max_blocks] int32, shuffled; entries without a page name a poisoned one.
+        block_table: [batch, max_blocks] int32, shuffled; entries without a page name page 0, which is poisoned.
         kv_lens: [batch].
         key, value: [sum(kv_lens), kv_heads, dim], sequences one after another.
         slots: [sum(kv_lens)] int64.
@@ -60,7 +60,7 @@ class Problem:
 
 def poisoned_cache(fmt: KVFormat, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, v_head_dim: int,
                    device: str, pooled: bool) -> tuple[kvq.PagedCache, torch.Tensor | None]:
-    """A cache full of 0xFF: tensors of its own, or views into one pool as LMDeploy's PackedBlockCacheLayout cuts them."""
+    """A cache full of 0xFF: separate tensors, or views into one pool like LMDeploy's PackedBlockCacheLayout."""
     shapes = [((kv_heads, block_size, head_dim), torch.uint8), ((kv_heads, v_head_dim, block_size), torch.uint8)]
     for encoding in (fmt.key, fmt.value):
         shapes.append(((kv_heads, block_size if encoding.per_token_head else 0), torch.float32))
@@ -105,10 +105,9 @@ def problem(fmt: KVFormat, lens: list[int], *, device: str, block_size: int = 16
         cache.v_static_scale = cache.v_static_scale * v_std * heads.flip(0) if per_head_static else (
             cache.v_static_scale * v_std)
 
-    order = torch.randperm(num_blocks, generator=generator)
-    spare, order = order[0], order[1:]
+    order = torch.randperm(num_blocks - 1, generator=generator) + 1  # page 0 is nobody's, as in LMDeploy
     width = max(pages, default=0) + extra_columns
-    table = torch.full((len(lens), width + 1), int(spare), dtype=torch.int32)
+    table = torch.zeros((len(lens), width + 1), dtype=torch.int32)
     slots, used = [], 0
     for row, (n, count) in enumerate(zip(lens, pages, strict=True)):
         table[row, :count] = order[used:used + count]
@@ -128,6 +127,11 @@ def frobenius(x: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative Frobenius error."""
     x, expected = x.double(), expected.double()
     return ((x - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def finite(x: torch.Tensor) -> bool:
+    """True if no element is NaN or infinite."""
+    return bool(x.isfinite().all())
 
 
 def grid(codec: Codec) -> torch.Tensor:
@@ -152,6 +156,11 @@ def stored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment without the variables of this suite and of lmdeploy_kvq."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(('LMDEPLOY_KVQ', 'TRITON_INTERPRET'))}
+
+
 def python(code: str, *argv: str, timeout: float = 120, check: bool = True, cwd: str | None = None,
            **env: str) -> subprocess.CompletedProcess:
     """Run code in a fresh interpreter, without this suite's Triton and lmdeploy_kvq environment.
@@ -159,8 +168,7 @@ def python(code: str, *argv: str, timeout: float = 120, check: bool = True, cwd:
     Raises:
         AssertionError: it exited with an error (``check`` only); carries what it printed.
     """
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(('LMDEPLOY_KVQ', 'TRITON_INTERPRET'))}
-    done = subprocess.run([sys.executable, '-c', code, *argv], check=False, capture_output=True, text=True, timeout=timeout,
-                          cwd=cwd, env={**clean, **env})
+    done = subprocess.run([sys.executable, '-c', code, *argv], check=False, capture_output=True, text=True,
+                          timeout=timeout, cwd=cwd, env={**clean_environment(), **env})
     assert not check or done.returncode == 0, f'exit {done.returncode}\n{done.stdout}\n{done.stderr}'
     return done

@@ -76,11 +76,11 @@ def _prefill(impl: Any, query: torch.Tensor, key: torch.Tensor | None, value: to
     """Prefill: the raw new tokens alone where there is no history, else history decoded beside them."""
     raw = key is not None and value is not None and not prefill_reads_cache()
     if raw and meta.kv_flatten_size == query.size(0):
-        return _varlen_attention(impl, query, key, value, meta, meta.cu_seqlens_q, sink)
+        return _varlen_attention(impl, query, key, value, meta, meta.cu_seqlens_q, sink)  # type: ignore[arg-type]
     rows = meta.kv_flatten_size
     dense_k, dense_v = (torch.empty((rows, cache.num_kv_heads, dim), dtype=query.dtype, device=query.device)
                         for dim in (cache.head_dim, cache.v_head_dim))
-    new = NewTokens(key, value, meta.q_start_loc, meta.q_seqlens, _window(impl)) if raw else None
+    new = NewTokens(key, value, meta.q_start_loc, meta.q_seqlens, _window(impl)) if raw else None  # type: ignore[arg-type]
     flatten(cache, meta.block_offsets, meta.kv_seqlens, dense_k, dense_v, rows, new)
     return _varlen_attention(impl, query, dense_k, dense_v, meta, meta.cu_seqlens_k, sink)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmdeploy.utils import get_logger
 
-from ..formats import FORMATS, KVFormat, find_format, format_names, get_format
+from ..formats import FORMATS, KVFormat, find_format, format_names
 from ..patching import Undo
 
 logger = get_logger('lmdeploy')
@@ -34,8 +34,8 @@ def extend_quant_policy(policy: type[enum.IntEnum]) -> Undo:
         name = member_name(fmt)
         member = int.__new__(policy, fmt.policy)
         member._name_, member._value_ = name, fmt.policy
-        member.__objclass__ = policy
-        member._sort_order_ = len(policy._member_names_)
+        member.__objclass__ = policy  # type: ignore[attr-defined]
+        member._sort_order_ = len(policy._member_names_)  # type: ignore[attr-defined]
         type.__setattr__(policy, name, member)
         policy._member_names_.append(name)
         policy._member_map_[name] = member
@@ -90,14 +90,14 @@ def check_turbomind_config(original: Callable[..., None], config: Any) -> None:
 def quant_policy_argument(original: Callable[..., argparse.Action], parser: Any, default: int = 0) -> argparse.Action:
     """``--quant-policy``: LMDeploy's names and numbers, then ours."""
     action = original(parser, default)
-    theirs = action.type
+    theirs: Any = action.type
 
     def parse(text: str) -> int:
         key = text.strip().lower()
         if key in format_names():
             return format_names()[key]
         try:
-            return theirs(text)  # type: ignore[operator,misc]
+            return theirs(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f'unknown policy {text!r}; known are {_known()}') from None
 
@@ -164,6 +164,3 @@ def skip_in_dynamo(original: Callable[[], None]) -> None:
     from torch._dynamo import trace_rules
     original()
     trace_rules.add('lmdeploy_kvq')
-
-
-__all__ = ['get_format', 'extend_quant_policy', 'member_name']

@@ -70,7 +70,7 @@ def decode_e4m3(codes, CAP: tl.constexpr):
 
 @triton.jit
 def finite_e4m3(values):
-    """Decoded e4m3 with NaN replaced by a number (the format has no infinities; max returns the operand that is one)."""
+    """Decoded e4m3 with NaN replaced by a number (no infinities exist; max returns the operand that is a number)."""
     return tl.maximum(values, tl.full([1, 1], -448.0, tl.float16))
 
 

@@ -47,8 +47,8 @@ def _softcap(score, SOFTCAP: tl.constexpr):
 def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kcb,
             stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D: tl.constexpr, DV: tl.constexpr,
             PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr,
-            FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr, WINDOW: tl.constexpr,
-            SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr):
+            FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr,
+            WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr):
     """One online-softmax step over one tile.
 
     Every tile is masked, although only those at the window's edge and at the newest tokens need it: a second, masked
@@ -112,7 +112,8 @@ def _decode_kernel(
         GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr,
         MIN_TILES: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, FINITE_V: tl.constexpr,
-        GAIN_K: tl.constexpr, GAIN_V: tl.constexpr, QMAX_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
+        GAIN_K: tl.constexpr, GAIN_V: tl.constexpr, QMAX_V: tl.constexpr,
+        K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
         CAP: tl.constexpr):
     """One program: one split of one sequence, one KV head, BLOCK_M of its GROUP x QUERY_LEN query rows."""
@@ -162,10 +163,10 @@ def _decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     for tile in range(first, last):
-        m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr,
-                            stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D, DV,
-                            PAGE, BLOCK_N, DECODE_K, DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW,
-                            SOFTCAP, ALIBI, CAP)
+        m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr,
+                            vs_ptr, stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v,
+                            D, DV, PAGE, BLOCK_N, DECODE_K, DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V,
+                            WINDOW, SOFTCAP, ALIBI, CAP)
 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

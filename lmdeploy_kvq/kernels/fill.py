@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _quantize_rows(x_ptrs, mask, static_ptr, static_offset, ENCODE: tl.constexpr, QMAX: tl.constexpr, PER_TOKEN: tl.constexpr,
-                   MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, CAP: tl.constexpr):
+def _quantize_rows(x_ptrs, mask, static_ptr, static_offset, ENCODE: tl.constexpr, QMAX: tl.constexpr,
+                   PER_TOKEN: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, CAP: tl.constexpr):
     """Codes [rows, dim] and scales [rows] of a tile; see ``reference.encode``."""
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     x = tl.minimum(tl.maximum(x, -MAX_INPUT), MAX_INPUT)
@@ -58,8 +58,8 @@ def _fill_kernel(
     codes, scale = _quantize_rows(key_ptr + (token * stride_kt)[:, None] + head * stride_kh + dim[None, :], mask,
                                   k_static_ptr, head * stride_k_static, ENCODE_K, QMAX_K, K_PER_TOKEN, MIN_SCALE,
                                   MAX_INPUT, CAP)
-    tl.store(k_codes_ptr + (block * stride_kcb + offset * stride_kct)[:, None] + head * stride_kch + dim[None, :], codes,
-             mask=mask)
+    tl.store(k_codes_ptr + (block * stride_kcb + offset * stride_kct)[:, None] + head * stride_kch + dim[None, :],
+             codes, mask=mask)
     if K_PER_TOKEN:
         tl.store(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, scale, mask=live)
 
@@ -104,13 +104,14 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
     tokens = key.size(0)
     for what, x, dim in (('key', key, cache.head_dim), ('value', value, cache.v_head_dim)):
         if x.dim() != 3 or x.shape != (tokens, cache.num_kv_heads, dim):
-            raise ValueError(f'{what} has shape {tuple(x.shape)}, the cache takes [{tokens}, {cache.num_kv_heads}, {dim}]')
+            raise ValueError(f'{what} has shape {tuple(x.shape)}, the cache takes '
+                             f'[{tokens}, {cache.num_kv_heads}, {dim}]')
         if x.stride(-1) != 1:
             raise ValueError(f'{what} must be contiguous in its last axis')
     if tokens == 0:
         return
     fmt, table = cache.format, layout.block_table
-    batch = 1 if layout.slots is not None else layout.kv_lens.size(0)
+    batch = 1 if layout.slots is not None else layout.kv_lens.size(0)  # type: ignore[union-attr]
     tile = 1 if layout.uniform_query_len or tokens <= 64 else 16
     k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
     _fill_kernel[(cache.num_kv_heads, triton.cdiv(tokens, tile))](

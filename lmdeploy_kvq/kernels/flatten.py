@@ -52,8 +52,8 @@ def _flatten_kernel(
 
     dim = tl.arange(0, BLOCK_D)
     mask = (dim < D)[None, :]
-    codes = tl.load(k_codes_ptr + (block * stride_kcb + offset * stride_kct)[:, None] + head * stride_kch + dim[None, :],
-                    mask=cached[:, None] & mask, other=0)
+    codes = tl.load(k_codes_ptr + (block * stride_kcb + offset * stride_kct)[:, None] + head * stride_kch
+                    + dim[None, :], mask=cached[:, None] & mask, other=0)
     if K_PER_TOKEN:
         scale = tl.load(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, mask=cached, other=0.0)
     else:
@@ -69,8 +69,8 @@ def _flatten_kernel(
 
     dim_v = tl.arange(0, BLOCK_DV)
     mask_v = (dim_v < DV)[None, :]
-    codes = tl.load(v_codes_ptr + (block * stride_vcb + offset)[None, :] + head * stride_vch + (dim_v * stride_vcd)[:, None],
-                    mask=cached[None, :] & (dim_v < DV)[:, None], other=0)
+    codes = tl.load(v_codes_ptr + (block * stride_vcb + offset)[None, :] + head * stride_vch
+                    + (dim_v * stride_vcd)[:, None], mask=cached[None, :] & (dim_v < DV)[:, None], other=0)
     if V_PER_TOKEN:
         scale = tl.load(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, mask=cached, other=0.0)
     else:

@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+bin = $(VENV)/bin
+
+.PHONY: env lint test test-gpu demo bench clean
+
+test: lint  ## everything that runs without a GPU, in an environment of its own
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m 'not gpu' -n $(JOBS)
+
+lint: env
+	$(bin)/ruff check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+
+env:
+	PYTHON=$(PYTHON) scripts/cpu_env.sh $(VENV)
+
+test-gpu:  ## the GPU half, with the Python that has torch, LMDeploy and this package
+	$(PYTHON) -m pytest -m gpu tests
+
+demo:  ## a real server where there is a GPU, else the same model and prompt through transformers
+	@if $(PYTHON) -c 'import torch, lmdeploy, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then set -x; $(PYTHON) scripts/demo.py; \
+	else set -x; $(MAKE) --no-print-directory env && $(bin)/python scripts/demo.py; fi
+
+bench:
+	$(PYTHON) scripts/bench_decode.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Writing new tokens into the cache: ours against LMDeploy's own fill kernels, CUDA-graph replays; writes fill.json.
+
+A load ``decode:N`` is one new token of each of N sequences of about 2,000 tokens; ``prefill:N`` is one prompt of N tokens.
+``copy_fraction``: bytes read and written at the bandwidth of a device-to-device copy measured in the same run, over the
+kernel's time.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from benchlib import graph_us, print_table, write_results
+
+import lmdeploy_kvq as kvq
+from lmdeploy_kvq.kernels.fill import TokenLayout, fill
+
+COPIES = 8
+
+
+def copy_bandwidth() -> float:
+    """Bytes per microsecond, read plus written, of a large copy."""
+    a, b = (torch.empty(1 << 30, dtype=torch.uint8, device='cuda') for _ in range(2))
+    return 2 * a.numel() / graph_us(lambda i: b.copy_(a), 4)
+
+
+def batch(load: str, page: int) -> tuple[torch.Tensor, ...]:
+    """q_start, q_lens, kv_lens, block table, pool blocks and query length (0: ragged) of a load."""
+    kind, count = load.split(':')
+    n = int(count)
+    if kind == 'decode':
+        lens = 2000 + torch.arange(n) % page
+        q_start, q_lens, query_len = torch.arange(n), torch.ones(n, dtype=torch.int64), 1
+    else:
+        lens, q_start, q_lens, query_len = torch.tensor([n]), torch.tensor([0]), torch.tensor([n]), 0
+    width = int(lens.max() + page - 1) // page
+    table = (torch.randperm(len(lens) * width) + 1).int().reshape(len(lens), width)
+    return q_start.cuda(), q_lens.cuda(), lens.cuda(), table.cuda(), len(lens) * width + 1, query_len
+
+
+def main() -> None:
+    from lmdeploy.messages import QuantPolicy
+    from lmdeploy.pytorch.kernels.cuda import fill_kv_cache
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--shapes', default='8x128,2x128,8x64,4x256', help='KV heads x head size')
+    parser.add_argument('--loads', default='decode:64,decode:256,prefill:8192')
+    parser.add_argument('--pages', default='64')
+    parser.add_argument('--formats', default=','.join(fmt.name for fmt in kvq.FORMATS))
+    parser.add_argument('--out', type=Path)
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    rows = []
+    for shape in args.shapes.split(','):
+        heads, dim = map(int, shape.split('x'))
+        for load in args.loads.split(','):
+            for page in map(int, args.pages.split(',')):
+                q_start, q_lens, lens, table, blocks, query_len = batch(load, page)
+                tokens = int(q_lens.sum())
+                data = [torch.randn((2, tokens, heads, dim), dtype=torch.bfloat16, device='cuda') for _ in range(COPIES)]
+                read = data[0].numel() * 2
+
+                def add(contender: str, policy: int, us: float, written: int, shape=shape, load=load, page=page,
+                        read=read) -> None:
+                    base = next((r['us'] for r in rows if (r['contender'], r['policy'], r['shape'], r['load'],
+                                                           r['page']) == ('lmdeploy', 0, shape, load, page)), us)
+                    rows.append({'contender': contender, 'policy': policy, 'shape': shape, 'load': load, 'page': page,
+                                 'us': us, 'copy_fraction': (read + written) / bandwidth / us, 'vs_bf16': us / base})
+
+                for policy, dtype in ((0, torch.bfloat16), (16, torch.float8_e4m3fn), (8, torch.uint8)):
+                    caches = [torch.zeros((2, blocks, page, heads, dim), dtype=dtype, device='cuda')
+                              for _ in range(COPIES)]
+                    scales = torch.zeros((2, blocks, page, heads, 2), dtype=torch.bfloat16, device='cuda') \
+                        if policy == 8 else torch.ones(2, device='cuda')
+                    us = graph_us(lambda i: fill_kv_cache(
+                        data[i][0], data[i][1], caches[i][0], caches[i][1], q_start, q_lens, kv_seq_length=lens,
+                        max_q_seq_length=query_len or tokens, block_offsets=table,
+                        k_scales_zeros=scales[0] if policy else None, v_scales_zeros=scales[1] if policy else None,
+                        quant_policy=QuantPolicy(policy)), COPIES)
+                    add('lmdeploy', policy, us, data[0].numel() * dtype.itemsize)
+                for name in args.formats.split(','):
+                    ours = [kvq.PagedCache.allocate(name, blocks, page, heads, dim) for _ in range(COPIES)]
+                    layout = TokenLayout(q_start=q_start, q_lens=q_lens, kv_lens=lens, block_table=table,
+                                         uniform_query_len=query_len)
+                    us = graph_us(lambda i: fill(data[i][0], data[i][1], ours[i], layout), COPIES)
+                    add('kvq', ours[0].format.policy, us, tokens * ours[0].nbytes // (blocks * page))
+    print_table(rows, list(rows[0]))
+    print(write_results('fill', rows, args.out, copy_gb_per_s=bandwidth / 1e3))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,77 @@
+"""The real engine on a GPU: stock server, every format through every way of running, tensor parallelism.
+
+Runs SmolLM2-135M-Instruct from ``KVQ_MODEL`` (default ~/models/smollm2); scripts/ holds the programs, which also write the
+committed figures.
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmdeploy_kvq import FORMATS
+
+pytestmark = pytest.mark.gpu
+SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
+MODEL = os.path.expanduser(os.environ.get('KVQ_MODEL', '~/models/smollm2'))
+sys.path.insert(0, str(SCRIPTS))
+
+
+@pytest.fixture(scope='module')
+def matrix() -> dict[tuple[str, str, int], dict]:
+    """One row per (format, way, round); see scripts/engine_matrix.py."""
+    from engine_matrix import run
+    return {(row['format'], row['way'], row['round']): row for row in run(MODEL, jobs=12)}
+
+
+@pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
+def test_graphs_give_the_eager_text(matrix, fmt):
+    """CUDA graphs at batch 64 repeat the eager tokens; smaller batches differ no more than bf16's do."""
+    assert matrix[fmt.name, 'graph', 2]['equal_sequences'] == 1
+    for number in (0, 1):
+        floor = matrix['none', 'graph', number]['equal_sequences']
+        assert matrix[fmt.name, 'graph', number]['equal_sequences'] >= floor - 1 / 7
+
+
+@pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
+def test_prefix_cache_and_chunks_read_what_was_written(matrix, fmt):
+    """Where prefill reads the cache, history in the prefix cache or in chunks changes nothing."""
+    assert matrix[fmt.name, 'cache prefix', 1]['cached_tokens'] > 10_000
+    assert matrix[fmt.name, 'cache prefix', 0]['equal_sequences'] == 1
+    floor = min(matrix['none', way, n]['equal_sequences'] for way, n in (('prefix', 1), ('chunked', 0)))
+    assert matrix[fmt.name, 'cache prefix', 1]['equal_sequences'] >= floor - 0.1
+    assert matrix[fmt.name, 'cache chunked', 0]['equal_sequences'] >= floor - 0.1
+
+
+@pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
+def test_exact_prompt_without_history(matrix, fmt):
+    """The first token after a prompt without history is bf16's: prefill attends to raw keys and values."""
+    assert matrix[fmt.name, 'graph', 2]['first_tokens'] == matrix['none', 'graph', 2]['first_tokens']
+
+
+def test_stock_server_answers():
+    """``lmdeploy serve api_server MODEL --quant-policy fp8_per_token_head`` serves a chat request on our pages."""
+    done = subprocess.run([SCRIPTS / 'serve_smoke.sh', MODEL, 'fp8_per_token_head'], text=True, capture_output=True,
+                          timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '--backend pytorch is selected' in done.stdout
+    answer = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{'))
+    assert answer['usage']['completion_tokens'] > 0
+    assert answer['choices'][0]['message']['content'].strip()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_two_gpus_give_the_tokens_of_one(tmp_path):
+    """tp=2 through Ray and through mp: the greedy tokens of tp=1."""
+    subprocess.run([sys.executable, SCRIPTS / 'tp_check.py', '--tokenizer', MODEL, '--out', tmp_path,
+                    '--policies', 'fp8_per_token_head'], check=True, timeout=300)
+    rows = json.loads((tmp_path / 'tp.json').read_text())['rows']
+    assert len(rows) == 3
+    for row in rows:
+        assert row['equal_sequences'] == row['sequences']
+        assert row['mean_kl'] < 1e-2
