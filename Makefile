@@ -14,7 +14,7 @@ lint: env
 	$(bin)/lint-imports
 
 env:
-	PYTHON=$(PYTHON) scripts/cpu_env.sh $(VENV)
+	@PYTHON=$(PYTHON) scripts/cpu_env.sh $(VENV)
 
 test-gpu:  ## the GPU half, with the Python that has torch, LMDeploy and this package
 	$(PYTHON) -m pytest -m gpu tests

@@ -184,7 +184,7 @@ def render(report: dict[str, Any]) -> str:
     lines += ['', 'Hook into LMDeploy', table([
         (_autoload.OPT_OUT, 'not set (on)' if switch is None else f'{switch!r}'),
         ('this process', _hook_text(report, 'this_process')), ('a new process', _hook_text(report, 'new_process'))])]
-    lines += ['', f'Formats (head size {HEAD_DIM}: bits per element, scales included; bytes per token against bf16)',
+    lines += ['', wrapped(f'Formats (bits per element, bytes per token against bf16; at head size {HEAD_DIM})'),
               table([(row['name'], row['policy'], f'{row["bits_per_element"]:.2f}', f'{row["bytes_against_bf16"]:.1%}',
                       ', '.join(row['aliases'])) for row in report['formats']],
                     ['--quant-policy', 'number', 'bits', 'bytes', 'also called'], right='number,bits,bytes')]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """See the quantized KV cache work. On a CUDA GPU: LMDeploy's own server with a format of this package, a question over
-HTTP, its speed and how many tokens fit. Without a GPU: the same prompt through transformers, with the cache quantized by
-the same code, and what every format costs and saves.
+HTTP, its speed and how many tokens fit. Without a GPU: the same prompt through transformers, with the cache quantized
+by the same code, and what every format costs and saves.
 """
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -19,12 +20,12 @@ from typing import Any
 os.environ.setdefault('TQDM_DISABLE', '1')  # read at import: loading prints one line here, not four bars
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
-import smollm2  # noqa: E402
-from server import Server  # noqa: E402
+import smollm2
+from server import Server
 
-from lmdeploy_kvq import FORMATS, get_format  # noqa: E402
-from lmdeploy_kvq.capacity import CacheShape, bytes_per_token, gain  # noqa: E402
-from lmdeploy_kvq.console import table, wrapped  # noqa: E402
+from lmdeploy_kvq import FORMATS, get_format
+from lmdeploy_kvq.capacity import CacheShape, bytes_per_token, gain
+from lmdeploy_kvq.console import table, wrapped
 
 QUESTION = 'What is the capital of France?'
 REQUESTS, TOKENS = 32, 128
@@ -34,6 +35,14 @@ _START = time.monotonic()
 def step(text: str) -> None:
     """One line of progress, with the seconds since the start."""
     print(f'[{time.monotonic() - _START:4.0f} s] {text}', flush=True)
+
+
+def typed(tool: str) -> str:
+    """How to start a tool of this Python's environment from here: its name where the PATH finds it."""
+    beside, found = Path(sys.executable).with_name(tool), shutil.which(tool)
+    if not beside.exists() or (found and os.path.samefile(beside.parent, os.path.dirname(found))):
+        return tool
+    return min(os.path.relpath(beside), str(beside), key=len)
 
 
 def cache_shape(model: str, block_size: int = 64) -> CacheShape:
@@ -66,7 +75,7 @@ def demo_gpu(model: str, policy: str) -> None:
               ('bf16 (no --quant-policy)', f'{int(fit / ratio):,}', f'{bytes_per_token(None, shape):,.0f}',
                'computed, for the same memory')], ['cache', 'tokens', 'bytes/token', ''], right='tokens,bytes/token'))
     print(f'\n{ratio:.2f} times as many tokens fit. Next, your own model, or every format and patch in a table:\n\n'
-          f'  lmdeploy serve api_server MODEL --quant-policy {fmt.name}\n  lmdeploy-kvq doctor\n')
+          f'  lmdeploy serve api_server MODEL --quant-policy {fmt.name}\n  {typed("lmdeploy-kvq")} doctor\n')
 
 
 def demo_cpu(model: str, tokens: int) -> None:
@@ -76,9 +85,9 @@ def demo_cpu(model: str, tokens: int) -> None:
 
     from lmdeploy_kvq.hf_cache import QuantizedCache
     transformers.logging.set_verbosity_error()
-    print(wrapped('No CUDA GPU here, so the model runs in transformers, in fp32, and only its KV cache is quantized, by '
-                  "this package's reference code: the one that the GPU kernels are tested against. On a machine with a "
-                  "GPU the same command starts LMDeploy's server."), end='\n\n')
+    print(wrapped('No CUDA GPU here, so the model runs in transformers, in fp32, and only its KV cache is quantized, '
+                  "by this package's reference code: the one that the GPU kernels are tested against. On a machine "
+                  "with a GPU the same command starts LMDeploy's server."), end='\n\n')
     step(f'loading {model}')
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -100,7 +109,8 @@ def demo_cpu(model: str, tokens: int) -> None:
         answers.setdefault(' '.join(answer.split()), []).append(name)
         loss = -logp.gather(1, passage[0, 1:, None]).mean().item()
         full = logp if full is None else full
-        divergence = sum((a.exp() * (a - b)).sum().item() for a, b in zip(full.split(128), logp.split(128), strict=True))
+        pieces = zip(full.split(128), logp.split(128), strict=True)  # rows are as long as the vocabulary
+        divergence = sum((a.exp() * (a - b)).sum().item() for a, b in pieces)
         size = bytes_per_token(fmt, shape)
         rows.append((name, f'{size:,.0f}', f'{size / bytes_per_token(None, shape):.0%}', f'{math.exp(loss):.2f}',
                      f'{divergence / len(logp):.4f}'))
@@ -109,8 +119,8 @@ def demo_cpu(model: str, tokens: int) -> None:
         print(wrapped(answer, '          ', 'Answer:   '))
         print(wrapped(f'(cache: {", ".join(names)})', '          '))
     if len(answers) > 1:
-        print(wrapped('The answers differ: a small model is often near a tie between two words, and the first other word '
-                      'changes the rest. What counts is how often that happens, which the next table measures.'))
+        print(wrapped('The answers differ: a small model is often near a tie between two words, and the first other '
+                      'word changes the rest. What counts is how often that happens, which the table measures.'))
     print(f'\nThe same text ({passage.size(1):,} tokens of English prose) read through every cache\n')
     print(table(rows, ['--quant-policy', 'bytes/token', 'of bf16', 'perplexity', 'KL'],
                 right='bytes/token,of bf16,perplexity,KL'))
@@ -119,7 +129,7 @@ def demo_cpu(model: str, tokens: int) -> None:
         'perplexity   how surprised the model is by the text: lower is better, near the first row is good',
         'KL           how far its predictions move from the full-precision cache\'s: 0 is identical')))
     print('\nNext: check your installation, measure a longer text or your own model, and serve on a GPU:\n\n'
-          '  lmdeploy-kvq doctor\n  python scripts/demo.py MODEL --tokens 4096\n'
+          f'  {typed("lmdeploy-kvq")} doctor\n  {typed("python")} scripts/demo.py MODEL --tokens 4096\n'
           '  lmdeploy serve api_server MODEL --quant-policy fp8_per_token_head\n')
 
 
@@ -136,7 +146,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
     import torch
     try:
-        model = args.model or str(smollm2.find_or_convert())
+        get_format(args.quant_policy)
+        model = os.path.expanduser(args.model) if args.model else str(smollm2.find_or_convert())
+        if model.startswith(('/', '.')) and not os.path.isdir(model):
+            parser.error(f'there is no folder {model}')
         if torch.cuda.is_available() and not args.cpu:
             demo_gpu(model, args.quant_policy)
         else:

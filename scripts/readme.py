@@ -37,9 +37,9 @@ def formats() -> str:
         return f'{found["prose"]:.4f} / {found["technical"]:.4f}'
 
     def speed(contender: str, policy: int) -> str:
-        row = next(r for r in decode if (r['contender'], r['policy'], r['shape'], r['load'], r['page'], r['query_len'])
-                   == (contender, policy, SHAPE, LOAD, PAGE, 1))
-        return f'{row["vs_bf16"]:.2f}x'
+        row = next((r for r in decode if (r['contender'], r['policy'], r['shape'], r['load'], r['page'],
+                                          r['query_len']) == (contender, policy, SHAPE, LOAD, PAGE, 1)), None)
+        return 'not measured' if row is None else f'{row["vs_bf16"]:.2f}x'
 
     rows = [[f'`{fmt.name}`', str(fmt.policy), f'{fmt.bits_per_element(128):g}', f'{16 / fmt.bits_per_element(128):.2f}x',
              kl(fmt.policy, fmt.name), speed('kvq', fmt.policy)] for fmt in FORMATS]

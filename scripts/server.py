@@ -44,7 +44,8 @@ class Server:
         # INFO, because the engine logs the size of its cache there
         self._command = [*self.command, '--server-name', '127.0.0.1', '--server-port', str(port), '--log-level', 'INFO']
         self.url = f'http://127.0.0.1:{port}'
-        self.log = Path(tempfile.mkstemp(prefix='lmdeploy-', suffix='.log')[1])
+        with tempfile.NamedTemporaryFile(prefix='lmdeploy-', suffix='.log', delete=False) as log:
+            self.log = Path(log.name)
         self._timeout, self._progress = timeout, progress
         self._process: subprocess.Popen | None = None
 
@@ -64,9 +65,11 @@ class Server:
             raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        """Stop."""
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Stop; the log stays where something went wrong."""
         self.stop()
+        if kind is None:
+            self.log.unlink()
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -88,12 +91,15 @@ class Server:
         process, self._process = self._process, None
         if process is None:
             return
-        for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(20)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+        finally:  # also reaches workers that outlived the server, and happens when Ctrl-C is pressed again
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience)
-        # the second signal also reaches workers that outlived the server
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def tail(self, lines: int = 30) -> str:
         """The end of the log."""
@@ -110,7 +116,8 @@ class Server:
         Raises:
             RuntimeError: the server refused; carries its answer.
         """
-        request = urllib.request.Request(self.url + path, json.dumps(payload).encode(), {'Content-Type': 'application/json'})
+        request = urllib.request.Request(self.url + path, json.dumps(payload).encode(),
+                                         {'Content-Type': 'application/json'})
         try:
             with _OPEN(request, timeout=timeout) as answer:
                 return json.load(answer)

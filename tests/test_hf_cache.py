@@ -18,7 +18,8 @@ from lmdeploy_kvq.hf_cache import QuantizedCache
 def tiny_model():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.2)
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+                         initializer_range=0.2)
     return LlamaForCausalLM(config).eval()
 
 

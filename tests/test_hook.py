@@ -88,8 +88,9 @@ assert QuantPolicy.FP8_E5M2 is QuantPolicy(17) and [p.name for p in before][-1] 
 """)
 
 
-@pytest.mark.parametrize('value, on', [(None, True), ('1', True), ('', True), ('0', False), ('false', False), ('OFF', False),
-                                       (' no ', False)])
+@pytest.mark.parametrize('value, on', [
+    (None, True), ('1', True), ('', True), ('0', False), ('false', False), ('OFF', False), (' no ', False),
+])
 def test_what_counts_as_opting_out(value, on, monkeypatch):
     monkeypatch.delenv('LMDEPLOY_KVQ', raising=False)
     if value is not None:
@@ -252,21 +253,17 @@ for _ in range(2):
 
 def test_uninstall_restores_what_was_patched_while_importing():
     """Rows that took effect as LMDeploy's modules were imported, and modules imported afterwards."""
-    python(ROWS + """
-import lmdeploy
-late = 'lmdeploy.cli.cli'
-for p in hook.PATCHES:
-    if p.module != late:
-        owner_of(p)
-assert {hook.HOOK.state(p) for p in hook.PATCHES} == {'applied', 'waiting'}
-def code(p):
+    python('import lmdeploy.cli.serve' + ROWS + """
+late = [p for p in hook.PATCHES if p.module not in sys.modules]
+assert late and all(hook.HOOK.state(p) == ('waiting' if p in late else 'applied') for p in hook.PATCHES)
+def ours(p):
     value = vars(owner_of(p)[0])[owner_of(p)[1]]
-    return getattr(getattr(value, '__func__', value), '__code__', None)  # functools.cache has none
-functions = [p for p in hook.PATCHES if p.parameters is not None and p.module != late]
-assert all('lmdeploy_kvq' in code(p).co_filename for p in functions)
-kvq.uninstall()
+    code = getattr(getattr(value, '__func__', value), '__code__', None)  # functools.cache has none
+    return code is not None and 'lmdeploy_kvq' in code.co_filename
 functions = [p for p in hook.PATCHES if p.parameters is not None]
-assert not any(code(p) and 'lmdeploy_kvq' in code(p).co_filename for p in functions)
+assert all(ours(p) for p in functions if p not in late)
+kvq.uninstall()
+assert not any(ours(p) for p in functions) and all(p.module in sys.modules for p in late)
 """)
 
 
@@ -305,8 +302,8 @@ assert not any(name.startswith('LMDEPLOY_KVQ') for name in envs.get_all_envs())
 # LMDeploy is not what we know.
 
 @pytest.mark.parametrize('version, supported', [
-    ('0.18.0', True), ('0.18.7', True), ('0.18.0rc1', True), ('0.18.0+cu128', True), ('0.17.9', False), ('0.19.0', False),
-    ('0.19rc1', False), ('1.0', False), ('0.2.18', False),
+    ('0.18.0', True), ('0.18.7', True), ('0.18.0rc1', True), ('0.18.0+cu128', True), ('0.17.9', False),
+    ('0.19.0', False), ('0.19rc1', False), ('1.0', False), ('0.2.18', False),
 ])
 def test_version_range(version, supported, monkeypatch):
     real = hook.metadata.version
@@ -428,8 +425,10 @@ run()
 """
 
 
-@pytest.mark.parametrize('argument', [['--quant-policy', 'fp8_per_token_head'], ['--quant-policy=fp8_per_token_head'],
-                                      ['--quant-policy', '116'], ['--quant_policy', 'INT8_PER_TOKEN_HEAD']], ids=' '.join)
+@pytest.mark.parametrize('argument', [
+    ['--quant-policy', 'fp8_per_token_head'], ['--quant-policy=fp8_per_token_head'], ['--quant-policy', '116'],
+    ['--quant_policy', 'INT8_PER_TOKEN_HEAD'],
+], ids=' '.join)
 def test_an_unknown_lmdeploy_says_why_on_the_command_line(argument, tmp_path):
     done = python(with_version('0.19.0', RUN_CLI), 'serve', 'api_server', str(tmp_path), *argument, check=False)
     assert done.returncode == 2 and SENTENCE + '0.19.0' in done.stdout + done.stderr

@@ -96,8 +96,8 @@ def decode_e5m2(codes, CAP: tl.constexpr):
 
 @triton.jit
 def finite_e5m2(values):
-    """Decoded e5m2 with NaN and infinities replaced by numbers."""
-    return tl.minimum(tl.maximum(values, tl.full([1, 1], -57344.0, tl.float16)), tl.full([1, 1], 57344.0, tl.float16))
+    """Decoded e5m2 with NaN and infinities replaced by zero: neither compares as within the range."""
+    return tl.where(tl.abs(values) <= tl.full([1, 1], 57344.0, tl.float16), values, tl.full([1, 1], 0.0, tl.float16))
 
 
 @triton.jit

@@ -44,9 +44,9 @@ def _softcap(score, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kcb,
-            stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D: tl.constexpr, DV: tl.constexpr,
-            PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr,
+def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, oldest, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr,
+            stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D: tl.constexpr,
+            DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr,
             FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr,
             WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr):
     """One online-softmax step over one tile.
@@ -64,9 +64,12 @@ def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_pt
     v_codes = tl.load(v_ptrs) if dim_v.shape[0] == DV else tl.load(v_ptrs, mask=(dim_v < DV)[:, None], other=0)
 
     score = tl.dot(q, DECODE_K(k_codes, CAP)) * row_scale[:, None]
+    live = position < kv_len  # slots that no row sees may hold any bytes, scales that are NaN included
+    if WINDOW >= 0:
+        live = live & (position >= oldest)
     if K_PER_TOKEN:
         ks_ptrs = ks_ptr + block * stride_ksb + offset
-        score = score * tl.load(ks_ptrs, mask=position < kv_len, other=0.0)[None, :]
+        score = score * tl.load(ks_ptrs, mask=live, other=0.0)[None, :]
     if SOFTCAP > 0.0:
         score = _softcap(score, SOFTCAP)
     if ALIBI:
@@ -82,10 +85,10 @@ def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_pt
     l = l * alpha + tl.sum(p, 1)
     if V_PER_TOKEN:
         vs_ptrs = vs_ptr + block * stride_vsb + offset
-        v_scale = tl.load(vs_ptrs, mask=position < kv_len, other=0.0)
+        v_scale = tl.load(vs_ptrs, mask=live, other=0.0)
         # scale x qmax is the row's absmax, of order one where scale alone could leave fp16's normal range.
         p = p * (v_scale * QMAX_V)[None, :]
-    # Slots beyond the sequence may hold any bytes; a NaN or inf code would survive a probability of zero.
+    # A NaN or inf code in a slot that no row sees would survive its probability of zero.
     v = FINITE_V(DECODE_V(v_codes, CAP))
     acc = tl.dot(p.to(tl.float16), tl.trans(v), acc * alpha[:, None])
     return m_new, l, acc
@@ -162,9 +165,10 @@ def _decode_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
+    oldest = kv_len - QUERY_LEN - WINDOW  # position of the oldest token that a row sees through the window
     for tile in range(first, last):
-        m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr,
-                            vs_ptr, stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v,
+        m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, oldest, kv_len, table_ptr, k_ptr, v_ptr,
+                            ks_ptr, vs_ptr, stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v,
                             D, DV, PAGE, BLOCK_N, DECODE_K, DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V,
                             WINDOW, SOFTCAP, ALIBI, CAP)
 

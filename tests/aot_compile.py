@@ -1,0 +1,72 @@
+"""Compile what the launchers would launch on one GPU generation: ``python aot_compile.py CAPABILITY OUT.json``.
+
+Run in a process without TRITON_INTERPRET (which changes what ``@triton.jit`` returns); test_aot.py reads the result: a
+list of {format, kernel, case, ptx, num_warps, shared}.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+from aot import compile_launch, recorded
+
+import lmdeploy_kvq as kvq
+from lmdeploy_kvq.kernels.fill import TokenLayout, fill
+from lmdeploy_kvq.kernels.flatten import NewTokens, flatten
+
+DTYPE = torch.bfloat16
+
+
+def batch(cache: kvq.PagedCache, tokens: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value rows."""
+    heads = cache.num_kv_heads
+    sizes = ((group * heads, cache.head_dim), (heads, cache.head_dim), (heads, cache.v_head_dim))
+    query, key, value = (torch.zeros(tokens, *size, dtype=DTYPE) for size in sizes)
+    return query, key, value
+
+
+def plain(cache: kvq.PagedCache) -> None:
+    """The engine's calls for a model with full attention: decode one token; prefill with history."""
+    query, key, value = batch(cache, 4, 2)
+    n, table = torch.ones(4, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32)
+    fill(key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1))
+    flatten(cache, table, n, key, value, 4, NewTokens(key, value, n, n))
+    kvq.paged_attention(query, cache, table, n)
+
+
+def everything(cache: kvq.PagedCache) -> None:
+    """Every feature at once: ragged prefill, a window, several new tokens, sizes that are no power of two."""
+    query, key, value = batch(cache, 75, 7)
+    n, table = torch.ones(25, dtype=torch.int64), torch.zeros(25, 2, dtype=torch.int32)
+    slopes = torch.ones(query.size(1))
+    fill(key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table))
+    flatten(cache, table, n, key, value, 75, NewTokens(key, value, n, n, 100))
+    kvq.paged_attention(query, cache, table, n, query_len=3, window=100, softcap=30.0, sinks=slopes.bfloat16(),
+                        alibi_slopes=slopes)
+
+
+def explicit(cache: kvq.PagedCache) -> None:
+    """The public calls that the engine does not make: slots, and flatten without new tokens."""
+    _, key, value = batch(cache, 4, 2)
+    kvq.reshape_and_cache(key, value, cache, torch.zeros(4, dtype=torch.int64))
+    kvq.flatten(cache, torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), DTYPE)
+
+
+def main(capability: int, out: Path) -> None:
+    """Record and compile every case for every format."""
+    results = []
+    for fmt in kvq.FORMATS:
+        for case, block_size, dims in ((plain, 64, (128, 128)), (everything, 16, (80, 96)), (explicit, 64, (64, 64))):
+            cache = kvq.PagedCache.allocate(fmt, 4, block_size, 8, *dims, device='cpu')
+            with recorded(capability) as launches:
+                case(cache)
+            for kernel, args, kwargs in launches:
+                compiled = compile_launch(kernel, args, kwargs, capability)
+                results.append({'format': fmt.name, 'case': case.__name__, 'kernel': kernel.__name__,
+                                'ptx': compiled.asm['ptx'], 'shared': compiled.metadata.shared,
+                                'num_warps': compiled.metadata.num_warps, 'cubin': len(compiled.asm['cubin'])})
+    out.write_text(json.dumps(results))
+
+
+if __name__ == '__main__':
+    main(int(sys.argv[1]), Path(sys.argv[2]))

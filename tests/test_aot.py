@@ -1,0 +1,120 @@
+"""Every kernel of every format, compiled for every supported GPU generation on a machine without a GPU."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import by_name, clean_environment
+
+import lmdeploy_kvq as kvq
+
+CAPABILITIES = [80, 89, 90, 100]
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that one thread block may use, bytes (CUDA programming guide, compute capabilities)."""
+
+MMA = re.compile(r'mma\.sync\.\S+|wgmma\.mma_async\.\S+|tcgen05\.mma\.\S+')
+E4M3_TO_FP16 = 'cvt.rn.f16x2.e4m3x2'
+NARROW_LOAD = re.compile(r'ld\.global\S*\.[bus]8\s')
+
+
+@pytest.fixture(scope='module')
+def compiled(tmp_path_factory):
+    """``compiled(capability, fmt, kernel)``: a kernel's compilations; one process per capability, two at a time."""
+    folder = tmp_path_factory.mktemp('aot')
+    script = Path(__file__).with_name('aot_compile.py')
+    running, waiting, results = {}, list(CAPABILITIES), {}
+    while running or waiting:
+        while waiting and len(running) < 2:
+            capability = waiting.pop(0)
+            running[capability] = subprocess.Popen(
+                [sys.executable, str(script), str(capability), str(folder / f'{capability}.json')],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment())
+        capability, process = next(iter(running.items()))
+        output, _ = process.communicate(timeout=300)
+        del running[capability]
+        assert process.returncode == 0, f'sm_{capability}:\n{output[-5000:]}'
+        results[capability] = json.loads((folder / f'{capability}.json').read_text())
+
+    def find(capability: int, fmt: kvq.KVFormat, kernel: str) -> list[dict]:
+        return [r for r in results[capability] if (r['format'], r['kernel']) == (fmt.name, f'_{kernel}_kernel')]
+
+    return find
+
+
+def uses(fmt: kvq.KVFormat, codec: str) -> bool:
+    return codec in (fmt.key.codec.name, fmt.value.codec.name)
+
+
+EACH = pytest.mark.parametrize('capability', CAPABILITIES)
+FORMATS = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+
+
+@pytest.mark.parametrize('kernel, launches', [('fill', 3), ('flatten', 3), ('decode', 2), ('reduce', 2)])
+@EACH
+@FORMATS
+def test_every_kernel_compiles(compiled, fmt, capability, kernel, launches):
+    """To machine code for that GPU, within its shared memory."""
+    found = compiled(capability, fmt, kernel)
+    assert len(found) == launches
+    for result in found:
+        assert re.search(rf'^\.target sm_{capability}a?\b', result['ptx'], re.MULTILINE)
+        assert result['cubin'] > 0 and 0 <= result['shared'] <= SHARED_LIMIT[capability]
+
+
+@EACH
+@FORMATS
+def test_decode_runs_on_fp16_tensor_cores(compiled, fmt, capability):
+    """fp16 operands and fp32 accumulation for both products, whatever the codes and the query's dtype are."""
+    for result in compiled(capability, fmt, 'decode'):
+        products = MMA.findall(result['ptx'])
+        assert len(products) >= 2
+        assert all('bf16' not in name and 'e4m3' not in name and 'tf32' not in name for name in products)
+        assert all('f32.f16.f16' in name or 'kind::f16' in name for name in products)
+
+
+@EACH
+@FORMATS
+def test_fp8_is_converted_by_hardware_only_where_there_is_any(compiled, fmt, capability):
+    for kernel in ('decode', 'flatten'):
+        for result in compiled(capability, fmt, kernel):
+            assert (E4M3_TO_FP16 in result['ptx']) == (uses(fmt, 'e4m3') and capability >= 89)
+    for result in compiled(capability, fmt, 'fill'):
+        assert capability >= 89 or not re.search(r'cvt\.\S*e[45]m[32]x2', result['ptx'])
+
+
+@EACH
+@FORMATS
+def test_fill_rounds_once(compiled, fmt, capability):
+    """fp32 to fp8 in one step: through fp16 (Triton's cast on sm_89) values near a tie round to the wrong code."""
+    for result in compiled(capability, fmt, 'fill'):
+        assert not re.search(r'cvt\.\S*e[45]m[32]x2\.f16x2', result['ptx'])
+
+
+@EACH
+@FORMATS
+def test_codes_become_fp16_without_a_detour(compiled, fmt, capability):
+    """No integer-to-float conversion and no fp8 through fp32 or bf16: fp16 holds every code exactly."""
+    for result in compiled(capability, fmt, 'decode'):
+        assert not re.search(r'cvt\.rn\.(f16|f32|bf16)\.[us](8|16|32)\b', result['ptx'].replace('cvt.rn.f32.s32', ''))
+        assert 'cvt.rn.bf16x2.e4m3x2' not in result['ptx']
+
+
+@EACH
+@FORMATS
+def test_decode_never_loads_single_bytes(compiled, fmt, capability):
+    """One page-table read per tile and token-contiguous V keep the loads of a full page wide."""
+    for result in compiled(capability, fmt, 'decode'):
+        if result['case'] == 'plain':
+            assert not NARROW_LOAD.search(result['ptx'])
+
+
+@pytest.mark.parametrize('kernel', ['decode', 'reduce'])
+@FORMATS
+def test_the_reduction_overlaps_with_decode_from_hopper_on(compiled, fmt, kernel):
+    """Programmatic dependent launch: sm_90 and newer only."""
+    instruction = {'decode': 'griddepcontrol.launch_dependents', 'reduce': 'griddepcontrol.wait'}[kernel]
+    for capability in CAPABILITIES:
+        for result in compiled(capability, fmt, kernel):
+            assert (instruction in result['ptx']) == (capability >= 90)
