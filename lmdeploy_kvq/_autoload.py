@@ -40,7 +40,9 @@ def _install() -> None:
 def activate() -> None:
     """Arrange for the hook to be installed as soon as LMDeploy is imported. Never raises."""
     try:
-        if not enabled() or _HOOK in sys.modules or any(isinstance(f, _Trigger) for f in sys.meta_path):
+        hook = sys.modules.get(_HOOK)
+        decided = hook is not None and hook.HOOK.decided  # install() or uninstall() was called by hand before
+        if not enabled() or decided or any(isinstance(f, _Trigger) for f in sys.meta_path):
             return
         if any(name.startswith('lmdeploy.') for name in sys.modules):
             _install()  # LMDeploy is what imported torch

@@ -8,8 +8,7 @@ examples:
 """
 from __future__ import annotations
 
-# Nothing here may import .hook, torch or LMDeploy at the top: the entry point that loads the hook fires when torch is
-# imported, and does nothing where the hook's module is loaded already, so the check would change what it looks at.
+# Nothing here imports torch or LMDeploy at the top: the check must not change what it looks at, and --help is fast.
 import argparse
 import contextlib
 import importlib
@@ -143,7 +142,7 @@ def hook_problems(here: dict[str, Any], new: dict[str, Any]) -> list[str]:
         return []  # said by package_problems
     from .hook import HOOK, SUPPORTED
     first, last = ('.'.join(map(str, v)) for v in SUPPORTED)
-    mismatch = HOOK.problems if HOOK.checked else HOOK.check()
+    mismatch = HOOK.problems if HOOK.decided else HOOK.check()
     if mismatch:
         return [f'{"; ".join(mismatch)}. The formats of this package are refused, the rest of LMDeploy works: run '
                 f'`pip install "lmdeploy>={first},<{last}"`.']

@@ -21,7 +21,7 @@ from .patching import Finder, Patch, Undo, data, initialized, mismatch, wrap
 SUPPORTED = ((0, 18), (0, 19))
 """LMDeploy versions: from the first, up to but not including the second."""
 
-ENVIRONMENT = (_autoload.OPT_OUT, 'LMDEPLOY_KVQ_PREFILL')
+ENVIRONMENT = (_autoload.OPT_OUT, 'LMDEPLOY_KVQ_PREFILL', 'LMDEPLOY_KVQ_SCALES')
 """Our environment variables, forwarded to Ray workers on other nodes."""
 
 logger = logging.getLogger('lmdeploy')
@@ -71,6 +71,14 @@ PATCHES: tuple[Patch, ...] = (
          _late('attention', 'forward'), 'attention writes and reads our pages'),
     wrap('lmdeploy.pytorch.backends.cuda.attention.fa3', 'FA3Impl.forward', _FORWARD, _late('attention', 'forward'),
          'attention writes and reads our pages'),
+    wrap('lmdeploy.pytorch.weight_loader.model_weight_loader', 'ModelWeightLoader._rename_weights_iterator',
+         'iterator model', _late('loading', 'rename_weights'),
+         'scales in checkpoints are taken out of the stream of weights, in which they would be a KeyError'),
+    wrap('lmdeploy.pytorch.engine.model_agent.agent', 'BaseModelAgent._build_model', 'self',
+         _late('loading', 'build_model'),
+         'scales of files and checkpoints reach the attention layers, and are audited'),
+    wrap('lmdeploy.pytorch.config', 'QuantizationConfig.from_config', 'cls hf_config',
+         _late('loading', 'quantization_config'), 'checkpoints of which only the KV cache is quantized load'),
     wrap('lmdeploy.pytorch.backends.cuda.graph_runner.full_graph', '_configure_decode_torch_compile', '',
          _late('config', 'skip_in_dynamo'), 'torch.compile of decode graphs leaves our launchers alone'),
     data('lmdeploy.pytorch.envs', '_ENVS', _late('config', 'forward_environment'),
@@ -84,7 +92,7 @@ class Hook:
     def __init__(self, patches: tuple[Patch, ...] = PATCHES):
         self.patches = patches
         self.problems: list[str] = []
-        self.checked = False
+        self.decided = False  # install() or uninstall() has been called
         self._undo: dict[str, Undo] = {}
         self._finder: Finder | None = None
 
@@ -118,7 +126,8 @@ class Hook:
         """
         if self._finder is not None:
             return
-        self.problems, self.checked = self.check(), True
+        self.decided = True
+        self.problems = self.check()
         if self.problems and strict:
             raise RuntimeError('; '.join(self.problems))
         names = {'lmdeploy.messages'} if self.problems else {patch.module for patch in self.patches}
@@ -128,6 +137,7 @@ class Hook:
 
     def uninstall(self) -> None:
         """Restore every original."""
+        self.decided = True
         if self._finder is not None:
             sys.meta_path.remove(self._finder)
             self._finder = None

@@ -38,20 +38,20 @@ class Patch:
 
 
 def wrap(module: str, target: str, parameters: str, wrapper: Callable[..., Any], why: str) -> Patch:
-    """A row that replaces a function by ``wrapper(original, *args, **kwargs)``; static methods stay static."""
+    """A row that replaces a function (or static or class method) by ``wrapper(original, *args, **kwargs)``."""
     *parents, leaf = target.split('.')
 
     def apply(loaded: ModuleType) -> Undo:
         owner = functools.reduce(getattr, parents, loaded)
         raw = vars(owner)[leaf]
-        original = raw.__func__ if isinstance(raw, staticmethod) else raw
+        kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
+        original = raw.__func__ if kind else raw
 
         @functools.wraps(original)
         def patched(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        type.__setattr__(owner, leaf, staticmethod(patched) if isinstance(raw, staticmethod) else patched) \
-            if isinstance(owner, type) else setattr(owner, leaf, patched)
+        setattr(owner, leaf, kind(patched) if kind else patched)
         return lambda: setattr(owner, leaf, raw)
 
     return Patch(module, target, tuple(parameters.replace(',', ' ').split()), apply, why)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writing new tokens into the cache: ours against LMDeploy's own fill kernels, CUDA-graph replays; writes fill.json.
 
-A load ``decode:N`` is one new token of each of N sequences of about 2,000 tokens; ``prefill:N`` is one prompt of N tokens.
-``copy_fraction``: bytes read and written at the bandwidth of a device-to-device copy measured in the same run, over the
-kernel's time.
+A load ``decode:N`` is one new token of each of N sequences of about 2,000 tokens; ``prefill:N`` is one prompt of N
+tokens. ``copy_fraction``: bytes read and written at the bandwidth of a device-to-device copy measured in the same run,
+over the kernel's time.
 """
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def main() -> None:
             for page in map(int, args.pages.split(',')):
                 q_start, q_lens, lens, table, blocks, query_len = batch(load, page)
                 tokens = int(q_lens.sum())
-                data = [torch.randn((2, tokens, heads, dim), dtype=torch.bfloat16, device='cuda') for _ in range(COPIES)]
+                data = [torch.randn((2, tokens, heads, dim), dtype=torch.bfloat16, device='cuda')
+                        for _ in range(COPIES)]
                 read = data[0].numel() * 2
 
                 def add(contender: str, policy: int, us: float, written: int, shape=shape, load=load, page=page,

@@ -41,12 +41,14 @@ def formats() -> str:
                                           r['query_len']) == (contender, policy, SHAPE, LOAD, PAGE, 1)), None)
         return 'not measured' if row is None else f'{row["vs_bf16"]:.2f}x'
 
-    rows = [[f'`{fmt.name}`', str(fmt.policy), f'{fmt.bits_per_element(128):g}', f'{16 / fmt.bits_per_element(128):.2f}x',
-             kl(fmt.policy, fmt.name), speed('kvq', fmt.policy)] for fmt in FORMATS]
+    rows = [[f'`{fmt.name}`', str(fmt.policy), f'{fmt.bits_per_element(128):g}',
+             f'{16 / fmt.bits_per_element(128):.2f}x', kl(fmt.policy, fmt.name), speed('kvq', fmt.policy)]
+            for fmt in FORMATS]
     rows += [[f'*{name} (LMDeploy)*', str(policy), bits, f'{16 / float(bits):.2f}x', kl(policy, f'{name} (LMDeploy)'),
               speed('lmdeploy', policy)] for name, policy, bits in (('fp8', 16, '8'), ('int8', 8, '8.25'),
                                                                     ('int4', 4, '4.25'))]
-    return table(['format', 'policy', 'bits per element', 'tokens per byte', 'KL prose / technical', 'decode time'], rows)
+    return table(['format', 'policy', 'bits per element', 'tokens per byte', 'KL prose / technical', 'decode time'],
+                 rows)
 
 
 def hooks() -> str:
@@ -66,7 +68,8 @@ def main() -> int:
             if f'<!-- {name} -->' in text:
                 part = make()
                 new = re.sub(f'<!-- {name} -->.*?<!-- /{name} -->',
-                             lambda _, name=name, part=part: f'<!-- {name} -->\n{part}\n<!-- /{name} -->', new, flags=re.S)
+                             lambda _, name=name, part=part: f'<!-- {name} -->\n{part}\n<!-- /{name} -->', new,
+                             flags=re.S)
         if new != text:
             stale.append(path.name)
             if '--check' not in sys.argv:

@@ -31,8 +31,8 @@ def write_llama(folder: str, tokenizer_from: str, layers: int = 4, seed: int = 0
                          eos_token_id=tokenizer.eos_token_id)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        # Random weights alone decide between near ties, which any change of summation order flips. The head answers each
-        # token with another fixed one, far enough ahead that rounding does not matter, and attention still moves it.
+        # Random weights alone decide between near ties, which any change of summation order flips. The head answers
+        # each token with another fixed one, far enough ahead that rounding does not matter.
         model.model.embed_tokens.weight.mul_(15)
         model.lm_head.weight.copy_(model.model.embed_tokens.weight[torch.randperm(len(tokenizer))])
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """The real engine on a GPU: stock server, every format through every way of running, tensor parallelism.
 
-Runs SmolLM2-135M-Instruct from ``KVQ_MODEL`` (default ~/models/smollm2); scripts/ holds the programs, which also write the
-committed figures.
+Runs SmolLM2-135M-Instruct from ``KVQ_MODEL`` (default ~/models/smollm2); scripts/ holds the programs, which also write
+the committed figures.
 """
 from __future__ import annotations
 

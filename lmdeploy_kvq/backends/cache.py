@@ -8,6 +8,7 @@ import torch
 
 from ..formats import Encoding, KVFormat, find_format
 from ..kernels.decode import MAX_BATCH, MAX_GROUP
+from .loading import check_file
 
 _NO_SCALES = ('MiniCPM3ForCausalLM', 'DeepseekV4ForCausalLM')
 """Architectures whose attention does not pass the cache's scale tensors on."""
@@ -20,6 +21,7 @@ def finalize_cache_policy(original: Callable[..., None], model_configs: Sequence
     if fmt is not None:
         for model_config in model_configs:
             check_model(fmt, model_config, cache_config)
+            check_file(model_config, cache_config.quant_policy)
 
 
 def check_model(fmt: KVFormat, model_config: Any, cache_config: Any) -> None:

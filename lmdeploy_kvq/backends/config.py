@@ -102,6 +102,9 @@ def quant_policy_argument(original: Callable[..., argparse.Action], parser: Any,
             raise argparse.ArgumentTypeError(f'unknown policy {text!r}; known are {_known()}') from None
 
     action.type = parse
+    parser.add_argument('--kv-scales', metavar='PATH|strict', default=None,
+                        help='lmdeploy_kvq: scale file for fp8 and fp8_e5m2 (default: kv_scales.safetensors beside the '
+                        'model, else the checkpoint\'s scales, else 1.0); "strict" refuses layers without a scale.')
     ours = '; '.join(f'{fmt.name} ({fmt.policy}): {fmt.summary}' for fmt in FORMATS)
     action.help = f'{action.help} lmdeploy_kvq, PyTorch engine: {ours}.'.replace('%', '%%')
     return action
@@ -123,6 +126,9 @@ def backend_argument(original: Callable[..., argparse.Action], parser: Any) -> a
 
 def run_with_backend(original: Callable[..., Any], args: argparse.Namespace) -> Any:
     """Select the PyTorch engine for our policies, in one line of the log; refuse an explicit TurboMind."""
+    scales = vars(args).pop('kv_scales', None)
+    if scales is not None:  # workers inherit the environment; none of them sees the command line
+        os.environ['LMDEPLOY_KVQ_SCALES'] = scales if scales == 'strict' else os.path.abspath(scales)
     fmt = find_format(getattr(args, 'quant_policy', 0))
     if fmt is not None and args.backend != 'pytorch':
         if not isinstance(args.backend, _DefaultBackend):

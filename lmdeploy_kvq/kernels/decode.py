@@ -168,9 +168,9 @@ def _decode_kernel(
     oldest = kv_len - QUERY_LEN - WINDOW  # position of the oldest token that a row sees through the window
     for tile in range(first, last):
         m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, oldest, kv_len, table_ptr, k_ptr, v_ptr,
-                            ks_ptr, vs_ptr, stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v,
-                            D, DV, PAGE, BLOCK_N, DECODE_K, DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V,
-                            WINDOW, SOFTCAP, ALIBI, CAP)
+                            ks_ptr, vs_ptr, stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim,
+                            dim_v, D, DV, PAGE, BLOCK_N, DECODE_K, DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN,
+                            QMAX_V, WINDOW, SOFTCAP, ALIBI, CAP)
 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,0 +1,224 @@
+"""Scales of checkpoints and scale files into LMDeploy's attention layers."""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmdeploy.utils import get_logger
+
+from ..formats import KVFormat, find_format
+from ..scales import FILE_NAME, LayerScales, ScaleError, from_checkpoint, parse_name, read_file, shard, validate
+
+logger = get_logger('lmdeploy')
+
+SCALES = 'LMDEPLOY_KVQ_SCALES'
+"""Environment variable (``--kv-scales`` sets it): a scale file, or ``strict``."""
+
+
+@dataclass
+class ModelScales:
+    """Scales met while a model's weights were read; kept with the model.
+
+    Attributes:
+        layers: attention module's name to what its checkpoint says.
+        heads: KV heads of the whole model, and this rank and the number of ranks among which they are split.
+        format: the format served, once known; then scales that arrive (live weight updates) are applied at once.
+    """
+    layers: dict[str, LayerScales] = field(default_factory=dict)
+    heads: tuple[int, int, int] = (1, 0, 1)
+    format: KVFormat | None = None
+
+
+def attention_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Name to module of every paged attention of a model, in order."""
+    from lmdeploy.pytorch.nn.attention import Attention
+    return {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+
+
+def rename_weights(original: Callable[..., Any], iterator: Any, model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """LMDeploy's renamed stream of weights without the KV cache's scales, which its models do not know.
+
+    It serves the loading of checkpoints and live weight updates.
+    """
+    names = list(attention_layers(model))
+    for name, weight in original(iterator, model):
+        found = parse_name(name)
+        layer = None if found is None else _owner(found.owner, names)
+        if found is None or layer is None:
+            yield name, weight
+        else:
+            _collect(model, layer, found.kind, name, weight)
+
+
+def _owner(owner: str, names: Sequence[str]) -> str | None:
+    """The attention module that a scale under ``owner`` belongs to: the one below its nearest ancestor that has one."""
+    while owner:
+        below = [name for name in names if name.startswith(owner + '.') or name == owner]
+        if below:
+            return below[0] if len(below) == 1 else None
+        owner = owner.rpartition('.')[0]
+    return None
+
+
+def _collect(model: torch.nn.Module, layer: str, kind: str, name: str, weight: torch.Tensor) -> None:
+    store = model_scales(model)
+    if kind == 'unused':
+        return
+    if kind == 'zero point':
+        if torch.count_nonzero(weight):
+            raise ScaleError(f'{name}: KV caches with zero points are not supported')
+        return
+    per_token = store.format is not None and store.format.per_token_head
+    if per_token or (store.layers.get(layer) or LayerScales()).source == 'file':
+        return  # scales are computed as tokens are written, or a file overrides the checkpoint
+    scale = from_checkpoint(layer, name.rpartition('.')[2], weight)
+    setattr(store.layers.setdefault(layer, LayerScales()), kind, scale)
+    if store.format is not None:
+        _apply(attention_layers(model)[layer], *store.layers[layer].resolved(layer)[:2], store)
+
+
+def model_scales(model: torch.nn.Module) -> ModelScales:
+    """The scales kept with a model."""
+    if '_kvq_scales' not in vars(model):
+        object.__setattr__(model, '_kvq_scales', ModelScales())  # no module, parameter or buffer of it
+    return model._kvq_scales  # type: ignore[return-value]
+
+
+def build_model(original: Callable[[Any], None], agent: Any) -> None:
+    """``BaseModelAgent._build_model``: after the weights, settle the scales; also after a level-2 sleep."""
+    original(agent)
+    from lmdeploy.pytorch.distributed import get_tp_world_rank
+    model = agent.patched_model.get_model()
+    world_size, rank = get_tp_world_rank('attn')
+    settle(model, agent.cache_config.quant_policy, agent.model_path, agent.model_config.num_key_value_heads, rank,
+           world_size, quiet=agent.rank != 0)
+
+
+def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_heads: int, rank: int = 0,
+           world_size: int = 1, quiet: bool = False) -> list[tuple[str, str, str, str]]:
+    """Decide every layer's scales (file, then checkpoint, then 1.0), fill the buffers, and say where they came from.
+
+    Args:
+        model: LMDeploy's model, weights loaded.
+        quant_policy: the engine's policy.
+        model_path: folder in which a scale file is looked for.
+        num_kv_heads: KV heads of the whole model; rank, world_size: of the tensor-parallel group.
+        quiet: log nothing (ranks other than 0).
+
+    Returns:
+        The audit: (layer, K scale, V scale, source) per attention layer; empty for policies without static scales.
+
+    Raises:
+        ScaleError: values or a file that cannot be used, or ``strict`` and a layer without a scale.
+    """
+    fmt, store = find_format(quant_policy), model_scales(model)
+    if fmt is None or fmt.per_token_head:
+        if store.layers and int(quant_policy) == 0 and not quiet:
+            logger.warning('lmdeploy_kvq: the checkpoint carries scales of an FP8 KV cache, which quant_policy 0 '
+                           'ignores; serve with --quant-policy fp8 to use them.')
+        store.format = fmt
+        store.layers.clear()
+        return []
+    store.format, store.heads = fmt, (num_kv_heads, rank, world_size)
+    path, strict = scale_file(model_path)
+    layers = attention_layers(model)
+    if path is not None:
+        file = read_file(path)
+        validate(file, map(layer_index, layers), num_kv_heads)
+        store.layers = {name: file.layers[layer_index(name)] for name in layers}
+    audit = []
+    for name, module in layers.items():
+        k, v, source = store.layers.get(name, LayerScales()).resolved(name)
+        _apply(module, k, v, store)
+        audit.append((name, _text(k), _text(v), source))
+    defaults = [row[0] for row in audit if row[3] == 'default']
+    if strict and defaults:
+        raise ScaleError(f'--kv-scales strict: no scales for {len(defaults)} of {len(audit)} layers, the first is '
+                         f'{defaults[0]}; put {FILE_NAME} beside the model, or serve a per-token-head format')
+    if not quiet:
+        _report(fmt, audit, len(defaults), path)
+    return audit
+
+
+def scale_file(model_path: str) -> tuple[str | None, bool]:
+    """Path of the scale file to use, or None, and whether layers without a scale are refused."""
+    given = os.environ.get(SCALES, '').strip()
+    beside = Path(model_path or '.') / FILE_NAME
+    if given and given != 'strict':
+        return given, False
+    return (str(beside) if beside.is_file() else None), given == 'strict'
+
+
+def layer_index(name: str) -> int:
+    """Index of a layer from its module's name: the last number in it."""
+    numbers = re.findall(r'(?:^|\.)(\d+)(?=\.)', name)
+    if not numbers:
+        raise ScaleError(f'{name}: the layer has no number, so a scale file cannot name it')
+    return int(numbers[-1])
+
+
+def check_file(model_config: Any, quant_policy: int) -> None:
+    """Before anything is loaded: a scale file that is there must fit the model's configuration."""
+    fmt = find_format(quant_policy)
+    path, _ = scale_file(getattr(model_config.hf_config, 'name_or_path', ''))
+    if fmt is None or fmt.per_token_head or path is None:
+        return
+    file = read_file(path)
+    hybrid = getattr(model_config.llm_config or model_config.hf_config, 'layer_types', None) is not None
+    expected = file.layers if hybrid else range(model_config.num_layers)  # which layers attend is known once built
+    validate(file, expected, model_config.num_key_value_heads)
+
+
+@torch.inference_mode()  # LMDeploy makes its buffers inference tensors
+def _apply(module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, store: ModelScales) -> None:
+    """Fill a layer's buffers in place: CUDA graphs keep their addresses. A first per-head scale makes a new buffer."""
+    for name, scale in (('k_scale', k), ('v_scale', v)):
+        buffer, part = getattr(module, name), shard(scale, *store.heads)
+        if buffer.shape != part.shape and part.dim() == 0:
+            part = part.expand(buffer.shape)
+        if buffer.shape == part.shape:
+            buffer.copy_(part)
+        else:
+            setattr(module, name, part.to(buffer.device))
+
+
+def _text(scale: torch.Tensor) -> str:
+    return f'{float(scale):.6g}' if scale.numel() == 1 else f'{float(scale.min()):.6g}..{float(scale.max()):.6g}'
+
+
+def _report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], defaults: int, path: str | None) -> None:
+    width = max((len(row[0]) for row in audit), default=0)
+    lines = [f'{name:<{width}}  k_scale {k:<12}  v_scale {v:<12}  {source}' for name, k, v, source in audit]
+    logger.info('lmdeploy_kvq: scales of %s%s\n%s', fmt.name, f' from {path}' if path else '', '\n'.join(lines))
+    if defaults and fmt.key.codec.qmax < 1000:  # e5m2 has range to spare
+        logger.warning(f'lmdeploy_kvq: {defaults} of {len(audit)} layers have no {fmt.name} scale and use 1.0; values '
+                       f'beyond {fmt.key.codec.qmax:g} saturate. Put {FILE_NAME} beside the model, pass --kv-scales '
+                       'PATH, or use fp8_per_token_head, which needs no scales.')
+
+
+def quantization_config(original: Callable[..., Any], cls: type, hf_config: Any) -> Any:
+    """``QuantizationConfig.from_config`` for checkpoints of which only the KV cache is quantized."""
+    config = getattr(hf_config, 'quantization_config', None)
+    if isinstance(config, Mapping) and _only_kv_cache(config):
+        return cls()
+    return original(cls, hf_config)
+
+
+def _only_kv_cache(config: Mapping[str, Any]) -> bool:
+    """True if a quantization config leaves the weights alone; ValueError for weights that LMDeploy cannot load."""
+    method = config.get('quant_method')
+    if method == 'compressed-tensors':
+        return not config.get('config_groups') and bool(config.get('kv_cache_scheme'))
+    if method == 'modelopt':
+        weights = config.get('quant_algo')
+        if weights not in (None, 'None', ''):
+            raise ValueError(f'modelopt checkpoints with quantized weights (quant_algo {weights}) are not supported; '
+                             'those that quantize only the KV cache (kv_cache_quant_algo) are')
+        return True
+    return False
+

@@ -1,0 +1,241 @@
+"""Static KV scales: their names in checkpoints, the rules that resolve them, scale files, validation, sharding.
+
+A scale is what codes are multiplied with; a static format (``fp8``) has one for K and one for V per layer, or one per
+KV head. The names and rules are vLLM's KV-cache scale loading; the file is safetensors with the keys
+``model.layers.N.self_attn.{k,v}_scale``, or the JSON of vLLM's and SGLang's ``kv_cache_scales.json``.
+"""
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+MISSING = -1.0
+"""The value by which a checkpoint says that a scale was never set."""
+
+FILE_NAME = 'kv_scales.safetensors'
+"""The scale file that is found by itself beside a model."""
+
+_TAILS = {
+    'k': ('k_scale', 'k_proj.output_scale', 'k_cache.scale'),
+    'v': ('v_scale', 'v_proj.output_scale', 'v_cache.scale'),
+    'kv': ('kv_scale', ),
+    'unused': ('q_scale', 'prob_scale', 'prob_output_scale', 'q_proj.output_scale'),
+    'zero point': ('k_zero_point', 'v_zero_point', 'kv_zero_point', 'k_proj.output_zero_point',
+                   'v_proj.output_zero_point', 'k_cache.zero_point', 'v_cache.zero_point'),
+}
+_KINDS = {tail: kind for kind, tails in _TAILS.items() for tail in tails}
+_FILE_KEY = re.compile(r'model\.layers\.(\d+)\.self_attn\.([kv])_scale')
+
+
+class ScaleError(ValueError):
+    """A scale that cannot be used; the message names layer and value."""
+
+
+@dataclass(frozen=True)
+class ScaleName:
+    """A checkpoint's name of a scale, taken apart.
+
+    Attributes:
+        owner: dotted name of the module it stands under, e.g. ``model.layers.0.self_attn``.
+        kind: ``k``, ``v``, ``kv`` (one for both), ``unused`` (queries and probabilities) or ``zero point``.
+    """
+    owner: str
+    kind: str
+
+
+def parse_name(name: str) -> ScaleName | None:
+    """Take a checkpoint's tensor name apart; None if it is no scale of the KV cache.
+
+    ``*.k_scale`` may stand under the attention module, under its projections (``k_proj.k_scale``,
+    ``qkv_proj.k_scale``) or under an ``attn`` below it; weights' own scales (``k_proj.weight_scale``,
+    ``k_proj.input_scale``) are not of the cache.
+    """
+    parts = name.split('.')
+    for count in (2, 1):
+        kind = _KINDS.get('.'.join(parts[-count:])) if len(parts) > count else None
+        if kind is not None:
+            return ScaleName('.'.join(parts[:-count]), kind)
+    return None
+
+
+@dataclass
+class LayerScales:
+    """What was found for one layer. Values are fp32: scalars, or one per KV head; None where nothing was found.
+
+    Attributes:
+        k, v: of K and of V; kv: one for both.
+        source: where they come from: ``file``, ``checkpoint`` or ``default``.
+    """
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    kv: torch.Tensor | None = None
+    source: str = 'checkpoint'
+
+    def resolved(self, layer: str) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """K scale, V scale and their source: missing ones take the other's value, none at all means 1.0.
+
+        Raises:
+            ScaleError: a value that is zero, negative, NaN or infinite.
+        """
+        k, v = (found if found is not None else self.kv for found in (self.k, self.v))
+        k, v = (None if x is None or _is_missing(x) else x for x in (k, v))
+        k, v = (k if k is not None else v), (v if v is not None else k)
+        if k is None or v is None:
+            one = torch.ones((), dtype=torch.float32)
+            return one, one, 'default'
+        for what, scale in (('k_scale', k), ('v_scale', v)):
+            check_value(layer, what, scale)
+        return k, v, self.source
+
+
+def _is_missing(scale: torch.Tensor) -> bool:
+    return scale.numel() == 1 and float(scale) == MISSING
+
+
+def check_value(layer: str, what: str, scale: torch.Tensor) -> None:
+    """Raise ScaleError unless every value is a positive, finite number."""
+    bad = [float(x) for x in scale.flatten().float() if not (math.isfinite(x) and x > 0)]
+    if bad:
+        raise ScaleError(f'{layer}: {what} is {bad[0]:g}; scales must be positive and finite')
+
+
+def from_checkpoint(layer: str, what: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A checkpoint's scale as an fp32 scalar.
+
+    Raises:
+        ScaleError: more than one element: checkpoints of per-tensor formats have one scale per layer.
+    """
+    if tensor.numel() != 1:
+        raise ScaleError(f'{layer}: {what} has {tensor.numel()} elements ({tuple(tensor.shape)}); per-tensor scales '
+                         f'only. Scales per KV head can come from a scale file ({FILE_NAME})')
+    return tensor.detach().reshape(()).float().cpu()
+
+
+@dataclass
+class ScaleFile:
+    """The contents of a scale file.
+
+    Attributes:
+        layers: layer index to its scales.
+        metadata: strings: format, model fingerprint, data, date; what the file has.
+        path: where it was read from.
+    """
+    layers: dict[int, LayerScales]
+    metadata: dict[str, str] = field(default_factory=dict)
+    path: str = ''
+
+
+def read_file(path: str | Path) -> ScaleFile:
+    """Read a safetensors scale file, or the JSON of vLLM and SGLang.
+
+    Raises:
+        ScaleError: a file that is missing, damaged, or holds anything else than scales.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ScaleError(f'scale file {path} does not exist')
+    try:
+        return _read_json(path) if path.suffix == '.json' else _read_safetensors(path)
+    except ScaleError:
+        raise
+    except Exception as error:  # safetensors and json have their own; what the user needs is the file's name
+        raise ScaleError(f'scale file {path} cannot be read: {error}') from error
+
+
+def _read_safetensors(path: Path) -> ScaleFile:
+    from safetensors import safe_open
+    layers: dict[int, LayerScales] = {}
+    with safe_open(path, framework='pt') as file:
+        for key in file.keys():  # noqa: SIM118 - the file is no mapping
+            match = _FILE_KEY.fullmatch(key)
+            if match is None:
+                if key.endswith(('k_scale', 'v_scale')):
+                    raise ScaleError(f'scale file {path}: unknown key {key!r}; scales are named '
+                                     'model.layers.N.self_attn.k_scale and v_scale')
+                continue  # statistics kept beside the scales
+            setattr(layers.setdefault(int(match[1]), LayerScales(source='file')), match[2],
+                    file.get_tensor(key).float())
+        return ScaleFile(layers, file.metadata() or {}, str(path))
+
+
+def _read_json(path: Path) -> ScaleFile:
+    """``{"kv_cache": {"dtype": ..., "scaling_factor": {"RANK": {"LAYER": scale}}}}``: one for K and V.
+
+    Several tensor-parallel ranks give one value per rank, i.e. per group of KV heads.
+    """
+    ranks = json.loads(path.read_text(encoding='utf-8'))['kv_cache']['scaling_factor']
+    tables = [ranks[str(rank)] for rank in range(len(ranks))]
+    layers = {}
+    for layer in tables[0]:
+        values = torch.tensor([float(table[layer]) for table in tables], dtype=torch.float32)
+        layers[int(layer)] = LayerScales(kv=values[0] if len(values) == 1 else values, source='file')
+    return ScaleFile(layers, {'format': 'vllm-json'}, str(path))
+
+
+def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+               metadata: Mapping[str, str]) -> None:
+    """Write a safetensors scale file.
+
+    Args:
+        path: where to.
+        layers: layer index to (K scale, V scale), each a scalar or [kv_heads].
+        metadata: strings to keep with them: format, model, data, date.
+    """
+    from safetensors.torch import save_file
+    tensors = {f'model.layers.{layer}.self_attn.{which}_scale': scale.detach().float().cpu().contiguous().clone()
+               for layer, pair in layers.items() for which, scale in zip('kv', pair)}
+    save_file(tensors, str(path), metadata=dict(metadata))
+
+
+def validate(file: ScaleFile, layers: Iterable[int], num_kv_heads: int) -> None:
+    """Check a scale file against a model, before the model is loaded.
+
+    Args:
+        file: the file.
+        layers: indices of the model's attention layers.
+        num_kv_heads: KV heads of the whole model.
+
+    Raises:
+        ScaleError: missing or extra layers, wrong shapes, values that are not positive and finite.
+    """
+    expected = set(layers)
+    for what, wrong in (('has no scales for', expected - file.layers.keys()),
+                        ('has scales for unknown', file.layers.keys() - expected)):
+        if wrong:
+            raise ScaleError(f'scale file {file.path} {what} layer{"s" if len(wrong) > 1 else ""} '
+                             f'{", ".join(map(str, sorted(wrong)))}; the model has {len(expected)} attention layers')
+    for layer, scales in sorted(file.layers.items()):
+        for what, scale in (('k_scale', scales.k), ('v_scale', scales.v), ('kv_scale', scales.kv)):
+            if scale is None:
+                continue
+            count = scale.numel()
+            if scale.dim() > 1 or (count != 1 and count != num_kv_heads
+                                   and not (what == 'kv_scale' and num_kv_heads % count == 0)):
+                raise ScaleError(f'scale file {file.path}: layer {layer}: {what} has shape {tuple(scale.shape)}; a '
+                                 f'scalar or one value per KV head ([{num_kv_heads}]) is needed')
+            check_value(f'scale file {file.path}: layer {layer}', what, scale)
+        scales.resolved(f'layer {layer}')
+
+
+def shard(scale: torch.Tensor, num_kv_heads: int, rank: int, world_size: int) -> torch.Tensor:
+    """One tensor-parallel rank's part of a scale: scalars as they are, per-head scales split like the heads.
+
+    With fewer KV heads than ranks, heads are replicated: rank r serves head ``r * num_kv_heads // world_size``.
+
+    Args:
+        scale: scalar, [num_kv_heads], or one value per equal group of KV heads.
+    """
+    if scale.numel() == 1:
+        return scale.reshape(())
+    heads = scale.repeat_interleave(num_kv_heads // scale.numel())
+    if num_kv_heads < world_size:
+        first = rank * num_kv_heads // world_size
+        return heads[first:first + 1]
+    size = num_kv_heads // world_size
+    return heads[rank * size:(rank + 1) * size]
