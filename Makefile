@@ -6,7 +6,7 @@ bin = $(VENV)/bin
 .PHONY: env lint test test-gpu demo bench clean
 
 test: lint  ## everything that runs without a GPU, in an environment of its own
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m 'not gpu' -n $(JOBS)
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile
 
 lint: env
 	$(bin)/ruff check .

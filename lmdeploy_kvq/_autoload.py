@@ -26,7 +26,14 @@ class _Trigger:
         """Never finds anything; at the first ``lmdeploy.*`` import it installs the hook and removes itself."""
         if name.startswith('lmdeploy.'):
             sys.meta_path.remove(self)
-            _install()
+            if not _decided():
+                _install()
+
+
+def _decided() -> bool:
+    """True if ``install()`` or ``uninstall()`` was called by hand before."""
+    hook = sys.modules.get(_HOOK)
+    return hook is not None and hook.HOOK.decided
 
 
 def _install() -> None:
@@ -40,9 +47,7 @@ def _install() -> None:
 def activate() -> None:
     """Arrange for the hook to be installed as soon as LMDeploy is imported. Never raises."""
     try:
-        hook = sys.modules.get(_HOOK)
-        decided = hook is not None and hook.HOOK.decided  # install() or uninstall() was called by hand before
-        if not enabled() or decided or any(isinstance(f, _Trigger) for f in sys.meta_path):
+        if not enabled() or _decided() or any(isinstance(f, _Trigger) for f in sys.meta_path):
             return
         if any(name.startswith('lmdeploy.') for name in sys.modules):
             _install()  # LMDeploy is what imported torch

@@ -7,6 +7,7 @@ LMDeploy's modules are imported.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from . import _autoload
-from .formats import find_format, format_names
+from .formats import FORMATS, format_names
 from .patching import Finder, Patch, Undo, data, initialized, mismatch, wrap
 
 SUPPORTED = ((0, 18), (0, 19))
@@ -107,7 +108,7 @@ class Hook:
             version = metadata.version('lmdeploy')
         except metadata.PackageNotFoundError:
             return ['LMDeploy is not installed']
-        number = tuple(int(part) for part in version.split('.')[:2])
+        number = tuple(int(re.match(r'\d*', part)[0] or 0) for part in version.split('.')[:2])  # type: ignore[index]
         if not SUPPORTED[0] <= number < SUPPORTED[1]:
             return [f'lmdeploy_kvq supports LMDeploy >= {_dotted(SUPPORTED[0])}, < {_dotted(SUPPORTED[1])}; '
                     f'found {version}']
@@ -169,15 +170,16 @@ class Hook:
         if 'refusal' in self._undo:
             return
         reason = f'lmdeploy_kvq is inactive: {"; ".join(self.problems)}'
-        policies = set(format_names().values())
+        policies = {fmt.policy for fmt in FORMATS if not fmt.upstream}
+        names = {name for name, policy in format_names().items() if policy in policies}
 
         def missing(cls: type, value: object) -> None:
-            if value in policies:
+            if value in policies or str(value).strip().lower() in names:
                 raise ValueError(reason)
 
         messages.QuantPolicy._missing_ = classmethod(missing)
         self._undo['refusal'] = lambda: type.__delattr__(messages.QuantPolicy, '_missing_')
-        if format_names().keys() & {argument.lower() for argument in sys.argv}:
+        if _asked_for() in policies:
             logger.error(reason)
 
 
@@ -196,6 +198,16 @@ def install() -> None:
 def uninstall() -> None:
     """Detach: every original of LMDeploy is restored. Engines built before keep what they use."""
     HOOK.uninstall()
+
+
+def _asked_for() -> int | None:
+    """The policy of ours that this process's command line asks for, or None."""
+    for position, argument in enumerate(sys.argv):
+        option, equals, value = argument.partition('=')
+        if option.replace('_', '-') == '--quant-policy':
+            value = (value if equals else ' '.join(sys.argv[position + 1:position + 2])).strip().lower()
+            return int(value) if value.isdecimal() else format_names().get(value)
+    return None
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -217,4 +229,4 @@ def _source(root: Path, module: str) -> Path:
     return path / '__init__.py' if path.is_dir() else path.with_suffix('.py')
 
 
-__all__ = ['HOOK', 'PATCHES', 'SUPPORTED', 'Hook', 'find_format', 'install', 'uninstall']
+__all__ = ['HOOK', 'PATCHES', 'SUPPORTED', 'Hook', 'install', 'uninstall']

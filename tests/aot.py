@@ -44,7 +44,7 @@ def recorded(cap: int):
 
 def compile_launch(kernel: triton.JITFunction, args: tuple, kwargs: dict, cap: int):
     """Compile one recorded launch for ``cap``, specialized as Triton's launcher would (1, divisible by 16)."""
-    options = {k: kwargs[k] for k in ('num_warps', 'num_stages', 'launch_pdl') if k in kwargs}
+    options = {k: kwargs[k] for k in ('num_warps', 'num_stages', 'launch_pdl', 'maxnreg') if k in kwargs}
     given = dict(zip(kernel.arg_names, args), **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, attributes = {}, {}, {}

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-GPU = os.path.exists('/dev/nvidia0')
+GPU = os.path.exists('/dev/nvidia0') and os.environ.get('CUDA_VISIBLE_DEVICES') != ''
 if not GPU:
     os.environ['TRITON_INTERPRET'] = '1'  # read when triton is imported, which torch does; so before either
 

@@ -222,3 +222,12 @@ def test_other_policies_take_lmdeploys_path_untouched(policy, device):
     (args, kwargs), = calls
     assert all(a is b for a, b in zip(args, (impl, *arguments, meta), strict=True))
     assert all(kwargs[name] is value for name, value in named.items())
+
+
+def test_rocm_is_refused(monkeypatch):
+    """ROCm reports device type cuda too, but its fp8 is another format."""
+    from lmdeploy.messages import PytorchEngineConfig
+    monkeypatch.setattr(torch.version, 'hip', '6.0')
+    with pytest.raises(ValueError, match='fp8_per_token_head needs an NVIDIA GPU'):
+        PytorchEngineConfig(quant_policy='fp8_per_token_head')
+    assert PytorchEngineConfig(quant_policy=8).quant_policy == 8

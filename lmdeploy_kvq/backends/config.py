@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lmdeploy.utils import get_logger
 
 from ..formats import FORMATS, KVFormat, find_format, format_names
@@ -75,6 +76,9 @@ def check_pytorch_config(original: Callable[..., None], config: Any) -> None:
     if fmt is not None and not (fmt.upstream and config.device_type == 'ascend') and config.device_type != 'cuda':
         raise ValueError(f'quant_policy {fmt.name} needs device_type cuda, got {config.device_type}; '
                          'use quant_policy none (0) there')
+    if fmt is not None and torch.version.hip:
+        raise ValueError(f'quant_policy {fmt.name} needs an NVIDIA GPU: on ROCm fp8 is another format (fnuz), and the '
+                         'kernels are untested; use quant_policy none (0) there')
     original(config)
 
 

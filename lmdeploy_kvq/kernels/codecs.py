@@ -15,6 +15,7 @@ import triton.language as tl
 from ..formats import Codec
 
 FP8_CONVERT_CAP = tl.constexpr(89)  # first compute capability with e4m3 conversion instructions
+FP8_ROUND_CAP = tl.constexpr(90)  # first one for which Triton rounds fp32 to fp8 once; on 89 it goes through fp16
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _sign_bit(x):
 def encode_e4m3(x, CAP: tl.constexpr):
     """fp32 to e4m3 (saturating at 448, ties to even) as uint8."""
     x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    if CAP >= FP8_CONVERT_CAP:
+    if CAP >= FP8_ROUND_CAP:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         return (_round_to_even_bits(tl.abs(x), 20, 960, 0.015625, 512.0) | _sign_bit(x)).to(tl.uint8)
@@ -78,7 +79,7 @@ def finite_e4m3(values):
 def encode_e5m2(x, CAP: tl.constexpr):
     """fp32 to e5m2 (saturating at 57344, ties to even) as uint8."""
     x = tl.minimum(tl.maximum(x, -57344.0), 57344.0)
-    if CAP >= FP8_CONVERT_CAP:
+    if CAP >= FP8_ROUND_CAP:
         return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
     else:
         return (_round_to_even_bits(tl.abs(x), 21, 448, 6.103515625e-05, 65536.0) | _sign_bit(x)).to(tl.uint8)
