@@ -56,7 +56,22 @@ def hooks() -> str:
     return table(['target', 'why'], [[f'`{patch.name}`', patch.why] for patch in PATCHES])
 
 
-PARTS = {'formats': formats, 'hooks': hooks}
+def decode() -> str:
+    """The committed decode measurements."""
+    rows = [[row['shape'], row['load'], str(row['page']), f'{row["contender"]} {row["policy"]}', f'{row["us"]:.1f}',
+             f'{row["read_fraction"]:.0%}', f'{row["vs_bf16"]:.2f}x' if row['vs_bf16'] else '']
+            for row in results('decode')]
+    return table(['shape', 'load', 'page', 'kernel and policy', 'us', '% of read', 'against bf16'], rows)
+
+
+def fill() -> str:
+    """The committed fill measurements."""
+    rows = [[row['shape'], row['load'], f'{row["contender"]} {row["policy"]}', f'{row["us"]:.1f}',
+             f'{row["copy_fraction"]:.0%}', f'{row["vs_bf16"]:.2f}x'] for row in results('fill')]
+    return table(['KV heads x size', 'load', 'kernel and policy', 'us', '% of copy', 'against bf16'], rows)
+
+
+PARTS = {'formats': formats, 'hooks': hooks, 'decode': decode, 'fill': fill}
 
 
 def main() -> int:
