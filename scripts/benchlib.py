@@ -76,7 +76,7 @@ def _read_kernel(x_ptr, out_ptr, words, BLOCK: tl.constexpr):
 def read_us(nbytes: int) -> float:
     """Microseconds of a pure read of ``nbytes``, rotating through more data than the caches hold."""
     words = nbytes // 4
-    copies = max(2, min(64, ROTATE_BYTES // nbytes))
+    copies = max(4, min(64, ROTATE_BYTES // nbytes))
     data = torch.randint(0, 1 << 30, (copies, words), dtype=torch.int32, device='cuda')
     out = torch.zeros(1, dtype=torch.int32, device='cuda')
     best = float('inf')
