@@ -6,6 +6,8 @@ LMDeploy's modules are imported.
 """
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import re
 import sys
@@ -31,11 +33,11 @@ logger = logging.getLogger('lmdeploy')
 def _late(home: str, name: str) -> Callable[..., Any]:
     """A function of ``backends`` that is imported when first called: backends import torch and LMDeploy."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        import importlib
-        return getattr(importlib.import_module(f'.backends.{home}', __package__), name)(*args, **kwargs)
+    @functools.cache  # attention goes through here once per layer and step
+    def target() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f'.backends.{home}', __package__), name)
 
-    return call
+    return lambda *args, **kwargs: target()(*args, **kwargs)
 
 
 _FORWARD = 'self query key value k_cache v_cache attn_metadata k_scales_zeros v_scales_zeros learnable_sink inplace'
