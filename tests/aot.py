@@ -50,14 +50,15 @@ def compile_launch(kernel: triton.JITFunction, args: tuple, kwargs: dict, cap: i
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         value = given[name]
-        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+        special = not kernel.params[position].do_not_specialize
+        if name in constexprs or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[(position, )] = 'constexpr', value
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTER[value.dtype]
             attributes[(position, )] = [['tt.divisibility', 16]]
         elif isinstance(value, int):
             signature[name] = 'i32' if abs(value) < 2**31 else 'i64'
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(position, )] = [['tt.divisibility', 16]]
         else:
             signature[name] = 'fp32'

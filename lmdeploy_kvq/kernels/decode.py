@@ -105,7 +105,8 @@ def _normalize(acc, m, l, sinks_ptr, head, mask, out_scale, HAS_SINKS: tl.conste
     return acc * (out_scale / tl.where(l > 0.0, l, 1.0))[:, None]
 
 
-@triton.jit
+# Sizes of a batch differ from step to step; specializing on them would only compile the same code again.
+@triton.jit(do_not_specialize=['batch', 'target'])
 def _decode_kernel(
         q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, k_static_ptr, v_static_ptr, out_ptr, partial_ptr, stats_ptr, plan_ptr,
         sinks_ptr, slopes_ptr, kv_lens_ptr, table_ptr, batch, target, sm_scale,  #

@@ -31,7 +31,7 @@ def _quantize_rows(x_ptrs, mask, static_ptr, static_offset, ENCODE: tl.constexpr
         return ENCODE(x * (1.0 / scale), CAP), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch', 'num_tokens'])  # they differ from step to step
 def _fill_kernel(
         key_ptr, value_ptr, k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr,  #
         slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch, num_tokens,  #

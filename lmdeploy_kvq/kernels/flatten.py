@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..paged import PagedCache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch'])  # it differs from step to step
 def _flatten_kernel(
         k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr, key_out_ptr, value_out_ptr,
         key_new_ptr, value_new_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,  #
