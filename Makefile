@@ -9,7 +9,7 @@ test: lint  ## everything that runs without a GPU, in an environment of its own
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile
 
 lint: env
-	$(bin)/ruff check .
+	$(bin)/ruff check lmdeploy_kvq scripts tests
 	$(bin)/mypy
 	$(bin)/lint-imports
 

@@ -11,6 +11,9 @@ import os
 import sys
 
 OPT_OUT = 'LMDEPLOY_KVQ'
+ENVIRONMENT = (OPT_OUT, 'LMDEPLOY_KVQ_PREFILL', 'LMDEPLOY_KVQ_SCALES')
+"""Our environment variables, forwarded to Ray workers on other nodes."""
+
 _HOOK = f'{__package__}.hook'
 
 

@@ -24,9 +24,6 @@ from .patching import Finder, Patch, Undo, data, initialized, mismatch, wrap
 SUPPORTED = ((0, 18), (0, 19))
 """LMDeploy versions: from the first, up to but not including the second."""
 
-ENVIRONMENT = (_autoload.OPT_OUT, 'LMDEPLOY_KVQ_PREFILL', 'LMDEPLOY_KVQ_SCALES')
-"""Our environment variables, forwarded to Ray workers on other nodes."""
-
 logger = logging.getLogger('lmdeploy')
 
 

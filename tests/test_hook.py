@@ -290,10 +290,10 @@ def test_our_environment_variables_travel_to_ray_workers():
 import os
 from lmdeploy.pytorch import envs
 import lmdeploy_kvq as kvq
-from lmdeploy_kvq import hook
+from lmdeploy_kvq import _autoload
 found = envs.get_all_envs()
 assert found['LMDEPLOY_KVQ'] == '1' and found['LMDEPLOY_KVQ_PREFILL'] == 'cache'
-assert {name for name in os.environ if name.startswith('LMDEPLOY_KVQ')} <= set(hook.ENVIRONMENT)
+assert {name for name in os.environ if name.startswith('LMDEPLOY_KVQ')} <= set(_autoload.ENVIRONMENT)
 kvq.uninstall()
 assert not any(name.startswith('LMDEPLOY_KVQ') for name in envs.get_all_envs())
 """, LMDEPLOY_KVQ='1', LMDEPLOY_KVQ_PREFILL='cache')

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lmdeploy.utils import get_logger
 
+from .._autoload import ENVIRONMENT
 from ..formats import FORMATS, KVFormat, find_format, format_names
 from ..patching import Undo
 
@@ -158,7 +159,6 @@ def name_policies(descriptions: dict[Any, str]) -> Undo:
 
 def forward_environment(envs: dict[str, str]) -> Undo:
     """Register our variables among those that LMDeploy hands to Ray workers."""
-    from ..hook import ENVIRONMENT
     ours = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     envs.update(ours)
 

@@ -12,7 +12,7 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gpu(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
