@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import _autoload
 from .formats import FORMATS, format_names
 from .patching import Finder, Patch, Undo, data, initialized, mismatch, wrap
 
