@@ -108,15 +108,19 @@ class PagedCache:
         tensors = (self.k_codes, self.v_codes, self.k_scale, self.v_scale)
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def scale_strides(self, which: str) -> tuple[int, int]:
-        """Block and head strides of ``k``'s or ``v``'s scales; zeros where there are none."""
-        scales = self.k_scales if which == 'k' else self.v_scales
-        return (0, 0) if scales is None else (scales.stride(0), scales.stride(1))
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The kernels' pointers, in their order: codes of K and V, their scales, their static scales."""
+        return self.k_codes, self.v_codes, self.k_scales, self.v_scales, self.k_static_scale, self.v_static_scale
 
-    def static_strides(self) -> tuple[int, ...]:
-        """Head strides of the static K and V scales: 0 for a scalar."""
-        return tuple(0 if s is None or s.dim() == 0 else s.stride(0)
-                     for s in (self.k_static_scale, self.v_static_scale))
+    def strides(self) -> tuple[int, ...]:
+        """The kernels' strides, in their order; zeros where there is nothing to step over.
+
+        Codes of K (block, head, token) and of V (block, head, dim), scales of K and of V (block, head each), and the
+        heads of the static K and V scale.
+        """
+        k_scales, v_scales = ((0, 0) if s is None else s.stride()[:2] for s in (self.k_scales, self.v_scales))
+        static = (0 if s is None or s.dim() == 0 else s.stride(0) for s in (self.k_static_scale, self.v_static_scale))
+        return (*self.k_codes.stride()[:3], *self.v_codes.stride()[:3], *k_scales, *v_scales, *static)
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:

@@ -8,12 +8,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+
+from lmdeploy_kvq.environment import version
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -23,12 +24,6 @@ ROTATE_BYTES = 512 << 20  # data a timed loop walks through: several times any L
 def environment() -> dict[str, str]:
     """GPU, versions, commit and date, as every result file carries them."""
 
-    def version(name: str) -> str:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return 'not installed'
-
     git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=ROOT, text=True,
                          capture_output=True)
     commit = git.stdout.strip() or os.environ.get('KVQ_COMMIT', 'unknown')  # a bare copy of the tree has no git
@@ -36,7 +31,8 @@ def environment() -> dict[str, str]:
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'cpu',
         'gpus': str(torch.cuda.device_count()), 'cuda': torch.version.cuda or 'none',
         'python': platform.python_version(),
-        **{name: version(name) for name in ('torch', 'triton', 'lmdeploy', 'transformers', 'flashinfer-python')},
+        **{name: version(name) or 'not installed'
+           for name in ('torch', 'triton', 'lmdeploy', 'transformers', 'flashinfer-python')},
         'commit': commit, 'date': time.strftime('%Y-%m-%d', time.gmtime()),
     }
 

@@ -300,11 +300,10 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     shared = dict(GROUP=group, QUERY_LEN=query_len, DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v),
                   HAS_SINKS=sinks is not None, PDL=pdl)
     _decode_kernel[(grid_heads, works)](
-        query, cache.k_codes, cache.v_codes, cache.k_scales, cache.v_scales, cache.k_static_scale, cache.v_static_scale,
+        query, *cache.tensors(),
         out, partial, stats, plan, sinks, alibi_slopes, kv_lens, block_table, batch, target, sm_scale,
         *query.stride()[:2], *out.stride()[:2], block_table.stride(0),
-        *cache.k_codes.stride()[:3], *cache.v_codes.stride()[:3], *cache.scale_strides('k'), *cache.scale_strides('v'),
-        *cache.static_strides(), D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
+        *cache.strides(), D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
         PAGE=cache.block_size, BATCH=triton.next_power_of_2(batch), MIN_TILES=config.min_tiles,
         DECODE_K=device_codec(fmt.key.codec).decode, DECODE_V=device_codec(fmt.value.codec).decode,
         FINITE_V=device_codec(fmt.value.codec).finite,

@@ -115,12 +115,10 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
     tile = 1 if layout.uniform_query_len or tokens <= 64 else 16
     k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
     _fill_kernel[(cache.num_kv_heads, triton.cdiv(tokens, tile))](
-        key, value, cache.k_codes, cache.v_codes, cache.k_scales, cache.v_scales, cache.k_static_scale,
-        cache.v_static_scale, layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
+        key, value, *cache.tensors(), layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
         0 if table is None else table.stride(0), batch, tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        *cache.k_codes.stride()[:3], *cache.v_codes.stride()[:3], *cache.scale_strides('k'), *cache.scale_strides('v'),
-        *cache.static_strides(),
+        *cache.strides(),
         ENCODE_K=k_codec.encode, ENCODE_V=v_codec.encode, QMAX_K=fmt.key.codec.qmax, QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head, MIN_SCALE=MIN_SCALE,
         MAX_INPUT=MAX_INPUT, D=cache.head_dim, DV=cache.v_head_dim, BLOCK_D=triton.next_power_of_2(cache.head_dim),

@@ -123,11 +123,10 @@ def flatten(cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor,
     cap = compute_capability(cache.k_codes.device)
     k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
     _flatten_kernel[(cache.num_kv_heads, triton.cdiv(total_tokens, block_n) + batch)](
-        cache.k_codes, cache.v_codes, cache.k_scales, cache.v_scales, cache.k_static_scale, cache.v_static_scale,
+        *cache.tensors(),
         key_out, value_out, new and new.key, new and new.value, new and new.q_start, new and new.q_lens, kv_lens,
         block_table, block_table.stride(0), batch,
-        *cache.k_codes.stride()[:3], *cache.v_codes.stride()[:3], *cache.scale_strides('k'), *cache.scale_strides('v'),
-        *cache.static_strides(), *key_out.stride()[:2], *value_out.stride()[:2],
+        *cache.strides(), *key_out.stride()[:2], *value_out.stride()[:2],
         *(new.key.stride()[:2] if new else (0, 0)), *(new.value.stride()[:2] if new else (0, 0)),
         DECODE_K=k_codec.decode, DECODE_V=v_codec.decode, GAIN_K=decode_gain(fmt.key.codec, cap),
         GAIN_V=decode_gain(fmt.value.codec, cap), K_PER_TOKEN=fmt.key.per_token_head,
