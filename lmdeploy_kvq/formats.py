@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 SCALE_BITS = 32  # scales are stored in fp32: bf16 scales were measured to double int8's error
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+VALUE_GROUP = 16
+"""Tokens of a V page that are stored interleaved (docs/formats.md); pages hold whole groups."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ FORMATS: tuple[KVFormat, ...] = (
     KVFormat('fp8_e5m2', 17, E5M2_TENSOR, E5M2_TENSOR, upstream=True, max_error=0.06,
              summary='fp8 e5m2 with one static scale per layer'),
 )
+
+
+def value_page(block_size: int, v_head_dim: int) -> tuple[int, int]:
+    """Shape of one page and KV head of V's codes: groups of tokens, codes of a group."""
+    return block_size // VALUE_GROUP, VALUE_GROUP * v_head_dim
 
 
 def _index(formats: tuple[KVFormat, ...]) -> tuple[dict[str, KVFormat], dict[int, KVFormat]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .formats import Encoding, KVFormat, get_format
+from .formats import VALUE_GROUP, Encoding, KVFormat, get_format, value_page
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -18,9 +18,9 @@ class PagedCache:
 
     Attributes:
         format: the entry of the format table.
-        k_codes: uint8 [blocks, kv_heads, block_size, head_dim], last axis contiguous.
-        v_codes: uint8 [blocks, kv_heads, v_head_dim, block_size], last axis contiguous: V is token-contiguous inside
-            its page, because the product with the probabilities contracts over tokens (docs/formats.md).
+        k_codes: uint8 [blocks, kv_heads, block_size, head_dim], the last two axes contiguous.
+        v_codes: uint8 [blocks, kv_heads, block_size / 16, 16 * v_head_dim], the last two axes contiguous: groups of 16
+            tokens in the order of tensor-core fragments (docs/formats.md); :attr:`v_rows` shows them token by token.
         k_scales, v_scales: fp32 [blocks, kv_heads, block_size], or None for a static encoding.
         k_static_scale, v_static_scale: fp32 scalar or [kv_heads], or None for a per-token-head encoding.
 
@@ -64,7 +64,8 @@ class PagedCache:
             return None if encoding.per_token_head else torch.ones((), dtype=torch.float32, device=device)
 
         return cls(fmt, torch.zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype=torch.uint8, device=device),
-                   torch.zeros((num_blocks, num_kv_heads, v_head_dim, block_size), dtype=torch.uint8, device=device),
+                   torch.zeros((num_blocks, num_kv_heads, *value_page(block_size, v_head_dim)), dtype=torch.uint8,
+                               device=device),
                    scales(fmt.key), scales(fmt.value), static(fmt.key), static(fmt.value))
 
     @property
@@ -90,7 +91,15 @@ class PagedCache:
     @property
     def v_head_dim(self) -> int:
         """Elements of a V row."""
-        return self.v_codes.size(2)
+        return self.v_codes.size(3) // VALUE_GROUP
+
+    @property
+    def v_rows(self) -> torch.Tensor:
+        """V's codes token by token: a view of :attr:`v_codes` [blocks, kv_heads, block / 16, 4, 4, dim / 8, 8].
+
+        Token ``t`` of a page is at ``[..., t // 16, t // 4 % 4, t % 4, :, :]``, element ``d`` at ``[..., d // 8, d % 8]``.
+        """
+        return self.v_codes.unflatten(-1, (-1, 4, 8, 4)).permute(0, 1, 2, 4, 6, 3, 5)
 
     @property
     def k_scale(self) -> torch.Tensor:
@@ -115,12 +124,17 @@ class PagedCache:
     def strides(self) -> tuple[int, ...]:
         """The kernels' strides, in their order; zeros where there is nothing to step over.
 
-        Codes of K (block, head, token) and of V (block, head, dim), scales of K and of V (block, head each), and the
-        heads of the static K and V scale.
+        Codes of K and of V, scales of K and of V (block, head each), and the heads of the static K and V scale.
+
+        Raises:
+            ValueError: pages whose inner axes are not contiguous.
         """
+        for codes in (self.k_codes, self.v_codes):
+            if codes.stride(3) != 1 or codes.stride(2) != codes.size(3):
+                raise ValueError(f'pages must be contiguous in their last two axes, got strides {codes.stride()}')
         k_scales, v_scales = ((0, 0) if s is None else s.stride()[:2] for s in (self.k_scales, self.v_scales))
         static = (0 if s is None or s.dim() == 0 else s.stride(0) for s in (self.k_static_scale, self.v_static_scale))
-        return (*self.k_codes.stride()[:3], *self.v_codes.stride()[:3], *k_scales, *v_scales, *static)
+        return (*self.k_codes.stride()[:2], *self.v_codes.stride()[:2], *k_scales, *v_scales, *static)
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:

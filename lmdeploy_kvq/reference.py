@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .formats import Codec, Encoding
+from .formats import VALUE_GROUP, Codec, Encoding
 
 if TYPE_CHECKING:
     from .paged import PagedCache
@@ -82,16 +82,21 @@ def _slots(cache: PagedCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.
     return slots // cache.block_size, slots % cache.block_size
 
 
+def _in_group(offset: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A token's place in a page of V, as :attr:`lmdeploy_kvq.PagedCache.v_rows` is indexed."""
+    return offset // VALUE_GROUP, offset // 4 % 4, offset % 4
+
+
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:
     """Quantize and write new tokens; see :func:`lmdeploy_kvq.reshape_and_cache`."""
     written = slot_mapping >= 0
     block, offset = _slots(cache, slot_mapping[written].long())
-    for x, encoding, codes, scales, static in (
-        (key, cache.format.key, cache.k_codes.transpose(1, 2), cache.k_scales, cache.k_static_scale),
-        (value, cache.format.value, cache.v_codes.permute(0, 3, 1, 2), cache.v_scales, cache.v_static_scale),
+    for x, encoding, codes, where, scales, static in (
+        (key, cache.format.key, cache.k_codes, (offset, ), cache.k_scales, cache.k_static_scale),
+        (value, cache.format.value, cache.v_rows, _in_group(offset), cache.v_scales, cache.v_static_scale),
     ):
         new_codes, new_scales = encode(x[written], encoding, static)
-        codes[block, offset] = new_codes
+        codes[(block, slice(None), *where)] = new_codes.unflatten(-1, codes.shape[2 + len(where):])
         if encoding.per_token_head:
             scales.transpose(1, 2)[block, offset] = new_scales  # type: ignore[union-attr]
 
@@ -111,12 +116,12 @@ def gather(cache: PagedCache, block_table: torch.Tensor, kv_len: int) -> tuple[t
     page, offset = _slots(cache, position)
     block = block_table[page].long()
     out = []
-    for encoding, codes, scales, static in (
-        (cache.format.key, cache.k_codes.transpose(1, 2), cache.k_scales, cache.k_static_scale),
-        (cache.format.value, cache.v_codes.permute(0, 3, 1, 2), cache.v_scales, cache.v_static_scale),
+    for encoding, codes, where, scales, static in (
+        (cache.format.key, cache.k_codes, (offset, ), cache.k_scales, cache.k_static_scale),
+        (cache.format.value, cache.v_rows, _in_group(offset), cache.v_scales, cache.v_static_scale),
     ):
         scale: Any = scales.transpose(1, 2)[block, offset] if encoding.per_token_head else static  # type: ignore[union-attr]
-        out.append(decode(codes[block, offset], encoding, scale))
+        out.append(decode(codes[(block, slice(None), *where)].flatten(2), encoding, scale))
     return out[0], out[1]
 
 

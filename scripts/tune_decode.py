@@ -10,6 +10,10 @@ import torch
 from bench_decode import Load, Ours
 from benchlib import graph_us, print_table, read_us, write_results
 
+from lmdeploy_kvq.kernels.decode import DecodeConfig
+
+PARAMETERS = ('block_n', 'occupancy', 'num_warps', 'num_stages', 'maxnreg')
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -18,9 +22,9 @@ def main() -> None:
     parser.add_argument('--pages', default='64,128')
     parser.add_argument('--formats', default='fp8_per_token_head')
     parser.add_argument('--block-n', default='64,128')
-    parser.add_argument('--waves', default='2,3,4,6')
-    parser.add_argument('--warps', default='4')
-    parser.add_argument('--stages', default='2,3')
+    parser.add_argument('--occupancy', default='2,3,4')
+    parser.add_argument('--num-warps', default='4')
+    parser.add_argument('--num-stages', default='2,3')
     parser.add_argument('--maxnreg', default='0', help='register limits, 0 for none')
     parser.add_argument('--out', type=Path, default=None, help='folder of the result file')
     parser.add_argument('--top', type=int, default=3)
@@ -35,18 +39,15 @@ def main() -> None:
         read = read_us(int(ours.bytes_per_token * int(load.lens.sum())))
         query = torch.randn((len(load.lens), heads, dim), dtype=torch.bfloat16, device='cuda')
         found = []
-        for block_n, waves, warps, stages, maxnreg in itertools.product(*(
-                map(float, getattr(args, name).split(','))
-                for name in ('block_n', 'waves', 'warps', 'stages', 'maxnreg'))):
-            ours.config = type(ours.config)(block_n=int(block_n), waves=waves, num_warps=int(warps),
-                                            num_stages=int(stages), maxnreg=int(maxnreg) or None)
+        for values in itertools.product(*(map(int, getattr(args, name).split(',')) for name in PARAMETERS)):
+            chosen = dict(zip(PARAMETERS, values))
+            ours.config = DecodeConfig(**{**chosen, 'maxnreg': chosen['maxnreg'] or None})
             try:
-                us = graph_us(lambda i: ours(query, load.tables[i % len(load.tables)], load.lens, 1), 4)
+                us = graph_us(lambda i: ours(query, load.tables[i % len(load.tables)], load.lens, 1), 8)
             except Exception as error:
                 print(shape, spec, page, ours.config, type(error).__name__, str(error)[:100])
                 continue
-            found.append({'shape': shape, 'load': spec, 'page': page, 'format': fmt, 'block_n': int(block_n),
-                          'waves': waves, 'warps': int(warps), 'stages': int(stages), 'maxnreg': int(maxnreg), 'us': us,
+            found.append({'shape': shape, 'load': spec, 'page': page, 'format': fmt, **chosen, 'us': us,
                           'read_fraction': read / us, 'error': ours.error(query, load.tables[0], load.lens, 1)})
         found.sort(key=lambda row: row['us'])
         rows += found if args.all else found[:args.top]

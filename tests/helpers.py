@@ -10,7 +10,7 @@ import torch
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
-from lmdeploy_kvq.formats import Codec, KVFormat
+from lmdeploy_kvq.formats import Codec, KVFormat, value_page
 from lmdeploy_kvq.kernels.launch import interpreted
 
 POISON = 0xFF
@@ -61,7 +61,7 @@ class Problem:
 def poisoned_cache(fmt: KVFormat, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, v_head_dim: int,
                    device: str, pooled: bool) -> tuple[kvq.PagedCache, torch.Tensor | None]:
     """A cache full of 0xFF: separate tensors, or views into one pool like LMDeploy's PackedBlockCacheLayout."""
-    shapes = [((kv_heads, block_size, head_dim), torch.uint8), ((kv_heads, v_head_dim, block_size), torch.uint8)]
+    shapes = [((kv_heads, block_size, head_dim), torch.uint8), ((kv_heads, *value_page(block_size, v_head_dim)), torch.uint8)]
     for encoding in (fmt.key, fmt.value):
         shapes.append(((kv_heads, block_size if encoding.per_token_head else 0), torch.float32))
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes]

@@ -219,20 +219,20 @@ def test_static_scales_per_head(fmt, device):
     check(p, 2, 2)
 
 
-@pytest.mark.parametrize('block_n, min_tiles, waves, window', [
-    (16, 1, 4.0, None), (16, 1, 16.0, None), (16, 1, 16.0, 156), (16, 3, 2.0, 156), (16, 1, 0.25, None),
-    (32, 1, 16.0, None), (64, 1, 4.0, 171),  # windows: the first row sees the last tokens of a tile the second does not
+@pytest.mark.parametrize('block_n, programs, window', [
+    (16, 1, None), (16, 2, 156), (16, 7, None), (16, 16, 156), (16, 60, None), (32, 5, None), (32, 60, 156), (64, 3, 171),
 ])
 @FORMATS
-def test_splits_change_nothing_but_rounding(fmt, block_n, min_tiles, waves, window, device):
-    """From one split to more than the reduction takes at a time (16); tiles within a page, of one, and of several."""
+def test_splits_change_nothing_but_rounding(fmt, block_n, programs, window, device):
+    """From one program for all sequences to more than there are tiles, and than the reduction takes at a time (16).
+
+    Tiles within a page, of one, and of several; windows whose first row sees tokens that the second does not.
+    """
     p = problem(fmt, [300, 0, 65, 1], device=device, head_dim=32, kv_heads=1, block_size=32)
     query = queries(p, 2, 2)
     gentle = slopes(2, device) / 100  # so that far tokens count
     features = {'sm_scale': 0.2, 'window': window, 'sinks': sinks(2, device), 'alibi_slopes': gentle}
-    if device == 'cuda':  # as many programs as with the interpreter's four multiprocessors
-        waves *= 4 / torch.cuda.get_device_properties(0).multi_processor_count
-    config = DecodeConfig(block_n=block_n, waves=waves, min_tiles=min_tiles)
+    config = DecodeConfig(block_n=block_n, occupancy=1, programs=programs)
     out = torch.full_like(query, float('nan'))
     decode(query, p.cache, p.block_table, p.kv_lens, out, query_len=2, config=config, **features)
     expected = oracle(query, p, 2, **features)

@@ -37,7 +37,8 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
     cache = page_views(fmt, k_cache, v_cache, k_scales_zeros, v_scales_zeros)
     batch = attn_metadata.q_seqlens.size(0)
     query_len = query.size(0) // batch if attn_metadata.is_decoding else 0
-    if key is not None and value is not None:
+    filled = key is not None and value is not None
+    if filled:
         fill(key, value, cache, TokenLayout(q_start=attn_metadata.q_start_loc, q_lens=attn_metadata.q_seqlens,
                                             kv_lens=attn_metadata.kv_seqlens, block_table=attn_metadata.block_offsets,
                                             uniform_query_len=query_len))
@@ -45,7 +46,7 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
         out = query.new_empty((*query.shape[:2], cache.v_head_dim))
         return decode(query, cache, attn_metadata.block_offsets, attn_metadata.kv_seqlens, out, query_len=query_len,
                       sm_scale=impl.scale, window=_window(impl), softcap=_softcap(impl), sinks=learnable_sink,
-                      alibi_slopes=impl.alibi_slopes if impl.alibi else None)
+                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, follows_fill=filled)
     return _prefill(impl, query, key, value, cache, attn_metadata, learnable_sink)
 
 

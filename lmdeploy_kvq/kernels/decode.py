@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .codecs import decode_gain, device_codec
 from .launch import check_device, compute_capability, interpreted, multiprocessors
-from .tiles import locate_split, tile_tokens, visible_tiles
+from .tiles import first_program, program_share, tile_block, tile_offset, value_rows, visible_tiles
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -45,31 +45,34 @@ def _softcap(score, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, oldest, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr,
-            stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim, dim_v, D: tl.constexpr,
-            DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr,
-            FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr,
-            WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr):
+            stride_kb, stride_vb, stride_ksb, stride_vsb, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+            BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE_K: tl.constexpr,
+            DECODE_V: tl.constexpr, FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
+            QMAX_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr):
     """One online-softmax step over one tile.
 
     Every tile is masked, although only those at the window's edge and at the newest tokens need it: a second, masked
     copy of this body costs more (registers, hence programs per multiprocessor) than the masks do.
     """
-    block, offset, position = tile_tokens(table_ptr, tile, kv_len, PAGE, BLOCK_N)
-    k_ptrs = k_ptr + (block * stride_kcb + offset * stride_kct)[None, :] + dim[:, None]
-    v_offset = block * stride_vcb + offset
-    if BLOCK_N > PAGE:
-        v_offset = tl.max_contiguous(tl.multiple_of(v_offset, 16), PAGE)
-    v_ptrs = v_ptr + v_offset[None, :] + (dim_v * stride_vcd)[:, None]
-    k_codes = tl.load(k_ptrs) if dim.shape[0] == D else tl.load(k_ptrs, mask=(dim < D)[:, None], other=0)
-    v_codes = tl.load(v_ptrs) if dim_v.shape[0] == DV else tl.load(v_ptrs, mask=(dim_v < DV)[:, None], other=0)
+    lane = tl.arange(0, BLOCK_N)
+    group = tl.arange(0, BLOCK_N // 16) * 16
+    dim = tl.arange(0, BLOCK_D)
+    packed = tl.arange(0, 16 * BLOCK_DV)
+    position = tile * BLOCK_N + lane
+    block = tile_block(table_ptr, tile, kv_len, lane, PAGE, BLOCK_N)
+    offset = tile_offset(tile, lane, PAGE, BLOCK_N)
+    k_ptrs = k_ptr + (block * stride_kb + offset * D)[None, :] + dim[:, None]
+    v_start = tile_block(table_ptr, tile, kv_len, group, PAGE, BLOCK_N) * stride_vb
+    v_ptrs = v_ptr + (v_start + tile_offset(tile, group, PAGE, BLOCK_N) * DV)[:, None] + packed[None, :]
+    k_codes = tl.load(k_ptrs) if BLOCK_D == D else tl.load(k_ptrs, mask=(dim < D)[:, None], other=0)
+    v_codes = tl.load(v_ptrs) if BLOCK_DV == DV else tl.load(v_ptrs, mask=(packed < 16 * DV)[None, :], other=0)
 
     score = tl.dot(q, DECODE_K(k_codes, CAP)) * row_scale[:, None]
     live = position < kv_len  # slots that no row sees may hold any bytes, scales that are NaN included
     if WINDOW >= 0:
         live = live & (position >= oldest)
     if K_PER_TOKEN:
-        ks_ptrs = ks_ptr + block * stride_ksb + offset
-        score = score * tl.load(ks_ptrs, mask=live, other=0.0)[None, :]
+        score = score * tl.load(ks_ptr + block * stride_ksb + offset, mask=live, other=0.0)[None, :]
     if SOFTCAP > 0.0:
         score = _softcap(score, SOFTCAP)
     if ALIBI:
@@ -84,13 +87,12 @@ def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, oldest, kv_len, table_p
     alpha = tl.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
     if V_PER_TOKEN:
-        vs_ptrs = vs_ptr + block * stride_vsb + offset
-        v_scale = tl.load(vs_ptrs, mask=live, other=0.0)
+        v_scale = tl.load(vs_ptr + block * stride_vsb + offset, mask=live, other=0.0)
         # scale x qmax is the row's absmax, of order one where scale alone could leave fp16's normal range.
         p = p * (v_scale * QMAX_V)[None, :]
     # A NaN or inf code in a slot that no row sees would survive its probability of zero.
-    v = FINITE_V(DECODE_V(v_codes, CAP))
-    acc = tl.dot(p.to(tl.float16), tl.trans(v), acc * alpha[:, None])
+    v = value_rows(FINITE_V(DECODE_V(v_codes, CAP)))
+    acc = tl.dot(p.to(tl.float16), v, acc * alpha[:, None])
     return m_new, l, acc
 
 
@@ -108,101 +110,113 @@ def _normalize(acc, m, l, sinks_ptr, head, mask, out_scale, HAS_SINKS: tl.conste
 # Sizes of a batch differ from step to step; specializing on them would only compile the same code again.
 @triton.jit(do_not_specialize=['batch', 'target'])
 def _decode_kernel(
-        q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, k_static_ptr, v_static_ptr, out_ptr, partial_ptr, stats_ptr, plan_ptr,
-        sinks_ptr, slopes_ptr, kv_lens_ptr, table_ptr, batch, target, sm_scale,  #
+        q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, k_static_ptr, v_static_ptr, out_ptr, partial_ptr, plan_ptr, sinks_ptr,
+        slopes_ptr, kv_lens_ptr, table_ptr, batch, target, sm_scale,  #
         stride_qt, stride_qh, stride_ot, stride_oh, stride_table,  # query and output: token, head
-        stride_kcb, stride_kch, stride_kct, stride_vcb, stride_vch, stride_vcd,  # codes: block, head, token or dim
+        stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr,
-        MIN_TILES: tl.constexpr, DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, FINITE_V: tl.constexpr,
-        GAIN_K: tl.constexpr, GAIN_V: tl.constexpr, QMAX_V: tl.constexpr,
-        K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
+        DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, FINITE_V: tl.constexpr, GAIN_K: tl.constexpr,
+        GAIN_V: tl.constexpr, QMAX_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
-        CAP: tl.constexpr):
-    """One program: one split of one sequence, one KV head, BLOCK_M of its GROUP x QUERY_LEN query rows."""
+        WAIT_LATE: tl.constexpr, CAP: tl.constexpr):
+    """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
+
+    The share may begin and end inside sequences and pass through whole ones; each sequence it touches is a segment.
+    A sequence that is one segment is finished here, the others leave partial results for the reduction.
+    """
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     ROW_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    if PDL:
+        if not WAIT_LATE:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0) // ROW_TILES
+    pid = tl.program_id(1)
+    seq, tile, remaining, total, programs = program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N,
+                                                          BATCH)
     row = (tl.program_id(0) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    work = tl.program_id(1)
-    seq, split, splits, kv_len = locate_split(work, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N, BATCH,
-                                              MIN_TILES)
-    if seq >= batch:
-        return
-    first, last = visible_tiles(kv_len, QUERY_LEN, WINDOW, BLOCK_N)
-    tiles = last - first
-    last = first + tiles * (split + 1) // splits
-    first = first + tiles * split // splits
-
     row_mask = row < ROWS
     head = kv_head * GROUP + row % GROUP
-    token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
-    q_pos = kv_len - QUERY_LEN + row // GROUP
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
-    q, row_scale = _load_query(q_ptr + (token * stride_qt + head * stride_qh)[:, None] + dim[None, :],
-                               row_mask[:, None] & (dim < D)[None, :])
-    row_scale = row_scale * (sm_scale * GAIN_K * LOG2E)
+    score_scale = sm_scale * GAIN_K * LOG2E
     out_scale = GAIN_V
     if not K_PER_TOKEN:
-        row_scale = row_scale * tl.load(k_static_ptr + kv_head * stride_k_static)
+        score_scale = score_scale * tl.load(k_static_ptr + kv_head * stride_k_static)
     if V_PER_TOKEN:
         out_scale = out_scale / QMAX_V
     else:
         out_scale = out_scale * tl.load(v_static_ptr + kv_head * stride_v_static)
-    slope = row_scale
+    slope = tl.zeros([BLOCK_M], tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
-
-    table_ptr += seq.to(tl.int64) * stride_table
-    k_ptr += kv_head * stride_kch
-    v_ptr += kv_head * stride_vch
+    k_ptr += kv_head * stride_kh
+    v_ptr += kv_head * stride_vh
     if K_PER_TOKEN:
         ks_ptr += kv_head * stride_ksh
     if V_PER_TOKEN:
         vs_ptr += kv_head * stride_vsh
-    m = tl.full([BLOCK_M], float('-inf'), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if PDL and WAIT_LATE:
+        tl.extra.cuda.gdc_wait()
 
-    oldest = kv_len - QUERY_LEN - WINDOW  # position of the oldest token that a row sees through the window
-    for tile in range(first, last):
-        m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, tile, oldest, kv_len, table_ptr, k_ptr, v_ptr,
-                            ks_ptr, vs_ptr, stride_kcb, stride_kct, stride_vcb, stride_vcd, stride_ksb, stride_vsb, dim,
-                            dim_v, D, DV, PAGE, BLOCK_N, DECODE_K, DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN,
-                            QMAX_V, WINDOW, SOFTCAP, ALIBI, CAP)
-
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    mask = row_mask[:, None] & (dim_v < DV)[None, :]
-    if split == 0:
-        tl.store(plan_ptr + seq * 2, work)
-        tl.store(plan_ptr + seq * 2 + 1, splits)
-    if splits == 1:
-        out = _normalize(acc, m, l, sinks_ptr, head, row_mask, out_scale, HAS_SINKS)
-        tl.store(out_ptr + (token * stride_ot + head * stride_oh)[:, None] + dim_v[None, :],
-                 out.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        part = (work.to(tl.int64) * (tl.num_programs(0) // ROW_TILES) + kv_head) * ROWS + row
-        tl.store(partial_ptr + (part * DV)[:, None] + dim_v[None, :], acc * out_scale, mask=mask)
-        tl.store(stats_ptr + part * 2, m, mask=row_mask)
-        tl.store(stats_ptr + part * 2 + 1, l, mask=row_mask)
+    while remaining > 0:
+        kv_len = tl.load(kv_lens_ptr + seq).to(tl.int32)
+        first, last = visible_tiles(kv_len, QUERY_LEN, WINDOW, BLOCK_N)
+        tile = tl.maximum(tile, first)
+        stop = tl.minimum(last, tile + remaining)
+        token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
+        q_pos = kv_len - QUERY_LEN + row // GROUP
+        q, row_scale = _load_query(q_ptr + (token * stride_qt + head * stride_qh)[:, None] + dim[None, :],
+                                   row_mask[:, None] & (dim < D)[None, :])
+        row_scale = row_scale * score_scale
+        m = tl.full([BLOCK_M], float('-inf'), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        oldest = kv_len - QUERY_LEN - WINDOW  # position of the oldest token that a row sees through the window
+        for step in range(tile, stop):
+            m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, step, oldest, kv_len,
+                                table_ptr + seq.to(tl.int64) * stride_table, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kb,
+                                stride_vb, stride_ksb, stride_vsb, D, DV, BLOCK_D, BLOCK_DV, PAGE, BLOCK_N, DECODE_K,
+                                DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW, SOFTCAP, ALIBI, CAP)
+        mask = row_mask[:, None] & (dim_v < DV)[None, :]
+        if (tile == first) & (stop == last):
+            out = _normalize(acc, m, l, sinks_ptr, head, row_mask, out_scale, HAS_SINKS)
+            tl.store(out_ptr + (token * stride_ot + head * stride_oh)[:, None] + dim_v[None, :],
+                     out.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            # Each segment is the next of its sequence or of its program, so that their sum is a slot of its own.
+            part = ((pid + seq).to(tl.int64) * (tl.num_programs(0) // ROW_TILES) + kv_head) * ROWS + row
+            tl.store(partial_ptr + (part * (DV + 4))[:, None] + dim_v[None, :], acc * out_scale, mask=mask)
+            tl.store(partial_ptr + part * (DV + 4) + DV, m, mask=row_mask)
+            tl.store(partial_ptr + part * (DV + 4) + DV + 1, l, mask=row_mask)
+        if tile == first:
+            # This program's last tile is the one before the next program's first.
+            end = (pid.to(tl.int64) + 1) * total // programs - remaining + last - first - 1
+            tl.store(plan_ptr + seq * 2, pid + seq)
+            tl.store(plan_ptr + seq * 2 + 1, first_program(end, total, programs) - pid + 1)
+        remaining -= stop - tile
+        seq += 1
+        tile = first * 0
 
 
 @triton.jit
-def _reduce_kernel(partial_ptr, stats_ptr, plan_ptr, out_ptr, sinks_ptr, stride_ot, stride_oh, kv_heads,
+def _reduce_kernel(partial_ptr, plan_ptr, out_ptr, sinks_ptr, kv_lens_ptr, stride_ot, stride_oh, kv_heads,
                    GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
                    SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr):
-    """One program combines the splits of one query row (head, token)."""
+    """One program combines the segments of one query row (head, token)."""
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     seq = tl.program_id(0)
     kv_head = tl.program_id(1) // ROWS
     row = tl.program_id(1) % ROWS
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     work = tl.load(plan_ptr + seq * 2)
     splits = tl.load(plan_ptr + seq * 2 + 1)
+    if tl.load(kv_lens_ptr + seq) == 0:
+        splits = 0  # nobody planned an empty sequence: its rows become zeros here
     if splits == 1:  # the decode kernel wrote the row
         return
     head = kv_head * GROUP + row % GROUP
@@ -213,11 +227,10 @@ def _reduce_kernel(partial_ptr, stats_ptr, plan_ptr, out_ptr, sinks_ptr, stride_
     acc = tl.zeros([SPLITS, BLOCK_DV], tl.float32)
     for start in range(0, splits, SPLITS):
         mask = start + lane < splits
-        part = ((work + start + lane).to(tl.int64) * kv_heads + kv_head) * ROWS + row
-        m_new = tl.load(stats_ptr + part * 2, mask=mask, other=float('-inf'))
-        l_new = tl.load(stats_ptr + part * 2 + 1, mask=mask, other=0.0)
-        new = tl.load(partial_ptr + (part * DV)[:, None] + dim[None, :], mask=mask[:, None] & (dim < DV)[None, :],
-                      other=0.0)
+        part = (((work + start + lane).to(tl.int64) * kv_heads + kv_head) * ROWS + row) * (DV + 4)
+        m_new = tl.load(partial_ptr + part + DV, mask=mask, other=float('-inf'))
+        l_new = tl.load(partial_ptr + part + DV + 1, mask=mask, other=0.0)
+        new = tl.load(partial_ptr + part[:, None] + dim[None, :], mask=mask[:, None] & (dim < DV)[None, :], other=0.0)
         top = tl.maximum(m, m_new)
         shift = tl.where(top == float('-inf'), 0.0, top)
         old_factor, new_factor = tl.exp2(m - shift), tl.exp2(m_new - shift)
@@ -243,75 +256,89 @@ class DecodeConfig:
     """Launch parameters of the decode kernel; they change speed, never results beyond rounding.
 
     Attributes:
-        block_n: tokens per step. waves: programs per multiprocessor aimed at. min_tiles: fewest tiles worth a split.
-        maxnreg: register limit per thread; at 16 query rows it decides how many programs a multiprocessor holds.
+        block_n: tokens per step.
+        occupancy: programs that a multiprocessor is given, i.e. holds at once with these registers and this shared
+            memory (tests/test_aot.py checks it): all run at once, each with an equal share of the work.
+        maxnreg: register limit per thread, None for the compiler's choice.
+        programs: programs per KV head; None for as many as run at once.
     """
     block_n: int
-    waves: float = 4.0
-    min_tiles: int = 2
+    occupancy: int
     num_warps: int = 4
     num_stages: int = 2
     maxnreg: int | None = None
+    programs: int | None = None
 
 
 def default_config(dim: int, block_m: int) -> DecodeConfig:
     """Launch parameters for a head size (the larger of K's and V's) and a number of query rows per program."""
-    small = dim <= 128 and block_m == 16
-    return DecodeConfig(block_n=128 if dim <= 128 else 64, maxnreg=128 if small else None)
+    if dim <= 128 and block_m == 16:
+        return DecodeConfig(block_n=128, occupancy=4, maxnreg=128)
+    return DecodeConfig(block_n=128 if dim <= 128 else 64, occupancy=3 if block_m <= 32 else 2)
 
 
 def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
            *, query_len: int, sm_scale: float, window: int | None = None, softcap: float | None = None,
-           sinks: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None,
+           sinks: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None, follows_fill: bool = False,
            config: DecodeConfig | None = None) -> torch.Tensor:
     """Launch paged attention; arguments as in :func:`lmdeploy_kvq.paged_attention`, ``out`` [tokens, heads, v_dim].
 
     Reads lengths on the device only, so a launch can be captured in a CUDA graph. Allocates split-K workspace from
     PyTorch's caching allocator.
 
+    Args:
+        follows_fill: the kernel before this one in the stream is :func:`~lmdeploy_kvq.kernels.fill.fill`, and
+            ``kv_lens`` was ready before it: the division of the work then overlaps with it.
+
     Raises:
         ValueError: shapes, strides or limits (query_len 1..16, group 1..64, batch 1..1024) violated.
     """
     check_device(query)
-    tokens, heads, dim = query.shape
-    batch, kv_heads, dim_v = kv_lens.size(0), cache.num_kv_heads, cache.v_head_dim
-    group = heads // kv_heads
-    if tokens != batch * query_len or dim != cache.head_dim or heads % kv_heads:
-        raise ValueError(f'query {tuple(query.shape)} does not fit batch {batch} x query_len {query_len}, '
-                         f'{kv_heads} KV heads and head_dim {cache.head_dim}')
-    for what, given, limit in (('query_len', query_len, MAX_QUERY_LEN), ('query heads per KV head', group, MAX_GROUP),
-                               ('batch', batch, MAX_BATCH)):
-        if not 1 <= given <= limit:
-            raise ValueError(f'{what} is {given}; supported are 1 to {limit}')
-    if query.stride(-1) != 1 or out.stride(-1) != 1 or block_table.stride(-1) != 1:
-        raise ValueError('query, out and block_table must be contiguous in their last axis')
+    _check(query, cache, block_table, kv_lens, out, query_len)
+    heads, dim, batch, kv_heads, dim_v = query.size(1), cache.head_dim, kv_lens.size(0), cache.num_kv_heads, out.size(2)
     fmt, device = cache.format, query.device
     cap = compute_capability(device)
     pdl = cap >= 90 and not interpreted()
-    rows = group * query_len
+    rows = heads // kv_heads * query_len
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
     config = config or default_config(max(dim, dim_v), block_m)
     grid_heads = kv_heads * triton.cdiv(rows, block_m)
-    target = max(1, round(config.waves * multiprocessors(device) / grid_heads))
-    works = target + batch
-    partial = torch.empty((works, kv_heads, rows, dim_v), dtype=torch.float32, device=device)
-    stats = torch.empty((works, kv_heads, rows, 2), dtype=torch.float32, device=device)
-    plan = torch.empty((batch, 2), dtype=torch.int32, device=device)
-    shared = dict(GROUP=group, QUERY_LEN=query_len, DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v),
-                  HAS_SINKS=sinks is not None, PDL=pdl)
-    _decode_kernel[(grid_heads, works)](
-        query, *cache.tensors(),
-        out, partial, stats, plan, sinks, alibi_slopes, kv_lens, block_table, batch, target, sm_scale,
-        *query.stride()[:2], *out.stride()[:2], block_table.stride(0),
+    target = config.programs or max(1, config.occupancy * multiprocessors(device) // grid_heads)
+    # Partial results: each segment's rows with their two softmax statistics, padded to 16 bytes; then the plan.
+    partial_size = (target + batch) * kv_heads * rows * (dim_v + 4)
+    workspace = torch.empty(partial_size + 2 * batch, dtype=torch.float32, device=device)
+    plan = workspace[partial_size:].view(torch.int32)
+    shared = dict(GROUP=heads // kv_heads, QUERY_LEN=query_len, DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v),
+                  HAS_SINKS=sinks is not None, PDL=pdl, **({'launch_pdl': True} if pdl else {}))
+    _decode_kernel[(grid_heads, target)](
+        query, *cache.tensors(), out, workspace, plan, sinks, alibi_slopes, kv_lens, block_table, batch, target,
+        sm_scale, *query.stride()[:2], *out.stride()[:2], block_table.stride(0),
         *cache.strides(), D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
-        PAGE=cache.block_size, BATCH=triton.next_power_of_2(batch), MIN_TILES=config.min_tiles,
+        PAGE=cache.block_size, BATCH=triton.next_power_of_2(batch),
         DECODE_K=device_codec(fmt.key.codec).decode, DECODE_V=device_codec(fmt.value.codec).decode,
         FINITE_V=device_codec(fmt.value.codec).finite,
         GAIN_K=decode_gain(fmt.key.codec, cap), GAIN_V=decode_gain(fmt.value.codec, cap), QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
-        ALIBI=alibi_slopes is not None, CAP=cap, num_warps=config.num_warps, num_stages=config.num_stages, **shared,
+        ALIBI=alibi_slopes is not None, WAIT_LATE=follows_fill, CAP=cap, num_warps=config.num_warps,
+        num_stages=config.num_stages, **shared,
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
-    _reduce_kernel[(batch, kv_heads * rows)](partial, stats, plan, out, sinks, *out.stride()[:2], kv_heads, SPLITS=16,
-                                             num_warps=4, **shared, **({'launch_pdl': True} if pdl else {}))
+    _reduce_kernel[(batch, kv_heads * rows)](workspace, plan, out, sinks, kv_lens, *out.stride()[:2], kv_heads,
+                                             SPLITS=16, num_warps=4, **shared)
     return out
+
+
+def _check(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
+           query_len: int) -> None:
+    """Raise ValueError unless :func:`decode` can run."""
+    tokens, heads, dim = query.shape
+    batch, kv_heads = kv_lens.size(0), cache.num_kv_heads
+    if tokens != batch * query_len or dim != cache.head_dim or heads % kv_heads:
+        raise ValueError(f'query {tuple(query.shape)} does not fit batch {batch} x query_len {query_len}, '
+                         f'{kv_heads} KV heads and head_dim {cache.head_dim}')
+    for what, given, limit in (('query_len', query_len, MAX_QUERY_LEN),
+                               ('query heads per KV head', heads // kv_heads, MAX_GROUP), ('batch', batch, MAX_BATCH)):
+        if not 1 <= given <= limit:
+            raise ValueError(f'{what} is {given}; supported are 1 to {limit}')
+    if query.stride(-1) != 1 or out.stride(-1) != 1 or block_table.stride(-1) != 1:
+        raise ValueError('query, out and block_table must be contiguous in their last axis')

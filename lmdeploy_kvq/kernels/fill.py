@@ -10,8 +10,8 @@ import triton.language as tl
 
 from ..reference import MAX_INPUT, MIN_SCALE
 from .codecs import device_codec
-from .launch import check_device, compute_capability
-from .tiles import token_slots
+from .launch import check_device, compute_capability, interpreted
+from .tiles import token_slots, value_offset
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -35,15 +35,17 @@ def _quantize_rows(x_ptrs, mask, static_ptr, static_offset, ENCODE: tl.constexpr
 def _fill_kernel(
         key_ptr, value_ptr, k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr,  #
         slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch, num_tokens,  #
-        stride_kt, stride_kh, stride_vt, stride_vh,  # new rows: token, head; their last axis is contiguous
-        stride_kcb, stride_kch, stride_kct, stride_vcb, stride_vch, stride_vcd,  # codes: block, head, token or dim
+        stride_key_t, stride_key_h, stride_value_t, stride_value_h,  # new rows: token, head; contiguous last axis
+        stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         ENCODE_K: tl.constexpr, ENCODE_V: tl.constexpr, QMAX_K: tl.constexpr, QMAX_V: tl.constexpr,  #
         K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr,  #
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,  #
         TOKENS: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr,
-        CAP: tl.constexpr):
+        PDL: tl.constexpr, CAP: tl.constexpr):
     """One program writes TOKENS new tokens of one KV head."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # decode divides its work meanwhile, and waits before it reads pages
     head = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     slot = token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
@@ -55,21 +57,21 @@ def _fill_kernel(
 
     dim = tl.arange(0, BLOCK_D)
     mask = live[:, None] & (dim < D)[None, :]
-    codes, scale = _quantize_rows(key_ptr + (token * stride_kt)[:, None] + head * stride_kh + dim[None, :], mask,
+    codes, scale = _quantize_rows(key_ptr + (token * stride_key_t)[:, None] + head * stride_key_h + dim[None, :], mask,
                                   k_static_ptr, head * stride_k_static, ENCODE_K, QMAX_K, K_PER_TOKEN, MIN_SCALE,
                                   MAX_INPUT, CAP)
-    tl.store(k_codes_ptr + (block * stride_kcb + offset * stride_kct)[:, None] + head * stride_kch + dim[None, :],
-             codes, mask=mask)
+    tl.store(k_codes_ptr + (block * stride_kb + offset * D)[:, None] + head * stride_kh + dim[None, :], codes,
+             mask=mask)
     if K_PER_TOKEN:
         tl.store(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, scale, mask=live)
 
     dim_v = tl.arange(0, BLOCK_DV)
     mask_v = live[:, None] & (dim_v < DV)[None, :]
-    codes, scale = _quantize_rows(value_ptr + (token * stride_vt)[:, None] + head * stride_vh + dim_v[None, :], mask_v,
-                                  v_static_ptr, head * stride_v_static, ENCODE_V, QMAX_V, V_PER_TOKEN, MIN_SCALE,
-                                  MAX_INPUT, CAP)
-    tl.store(v_codes_ptr + (block * stride_vcb + offset)[:, None] + head * stride_vch + (dim_v * stride_vcd)[None, :],
-             codes, mask=mask_v)
+    codes, scale = _quantize_rows(value_ptr + (token * stride_value_t)[:, None] + head * stride_value_h
+                                  + dim_v[None, :], mask_v, v_static_ptr, head * stride_v_static, ENCODE_V, QMAX_V,
+                                  V_PER_TOKEN, MIN_SCALE, MAX_INPUT, CAP)
+    tl.store(v_codes_ptr + (block * stride_vb)[:, None] + head * stride_vh
+             + value_offset(offset[:, None], dim_v[None, :], DV), codes, mask=mask_v)
     if V_PER_TOKEN:
         tl.store(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, scale, mask=live)
 
@@ -110,7 +112,7 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
             raise ValueError(f'{what} must be contiguous in its last axis')
     if tokens == 0:
         return
-    fmt, table = cache.format, layout.block_table
+    fmt, table, cap = cache.format, layout.block_table, compute_capability(key.device)
     batch = 1 if layout.slots is not None else layout.kv_lens.size(0)  # type: ignore[union-attr]
     tile = 1 if layout.uniform_query_len or tokens <= 64 else 16
     k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
@@ -121,7 +123,7 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
         *cache.strides(),
         ENCODE_K=k_codec.encode, ENCODE_V=v_codec.encode, QMAX_K=fmt.key.codec.qmax, QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head, MIN_SCALE=MIN_SCALE,
-        MAX_INPUT=MAX_INPUT, D=cache.head_dim, DV=cache.v_head_dim, BLOCK_D=triton.next_power_of_2(cache.head_dim),
+        MAX_INPUT=MAX_INPUT, PDL=cap >= 90 and not interpreted(), D=cache.head_dim, DV=cache.v_head_dim, BLOCK_D=triton.next_power_of_2(cache.head_dim),
         BLOCK_DV=triton.next_power_of_2(cache.v_head_dim), PAGE=cache.block_size, TOKENS=tile,
         SLOTS_GIVEN=layout.slots is not None, UNIFORM_QUERY_LEN=layout.uniform_query_len,
-        BATCH=triton.next_power_of_2(batch), CAP=compute_capability(key.device), num_warps=1 if tile == 1 else 4)
+        BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=1 if tile == 1 else 4)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .codecs import decode_gain, device_codec
 from .launch import check_device, compute_capability
-from .tiles import locate_tile, tile_tokens
+from .tiles import locate_tile, tile_block, tile_offset, value_rows
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def _flatten_kernel(
         k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr, key_out_ptr, value_out_ptr,
         key_new_ptr, value_new_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,  #
-        stride_kcb, stride_kch, stride_kct, stride_vcb, stride_vch, stride_vcd,  # codes: block, head, token or dim
+        stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         stride_kot, stride_koh, stride_vot, stride_voh,  # dense output: token, head
         stride_knt, stride_knh, stride_vnt, stride_vnh,  # new rows: token, head
@@ -37,7 +37,10 @@ def _flatten_kernel(
     seq, tile, kv_len, start = locate_tile(tl.program_id(1), kv_len_ptr, batch, BLOCK_N, BATCH)
     if seq >= batch:
         return
-    block, offset, position = tile_tokens(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, PAGE, BLOCK_N)
+    lane = tl.arange(0, BLOCK_N)
+    position = tile * BLOCK_N + lane
+    block = tile_block(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, lane, PAGE, BLOCK_N)
+    offset = tile_offset(tile, lane, PAGE, BLOCK_N)
     inside = position < kv_len
     cached = inside
     new_row = position.to(tl.int64) * 0
@@ -52,7 +55,7 @@ def _flatten_kernel(
 
     dim = tl.arange(0, BLOCK_D)
     mask = (dim < D)[None, :]
-    codes = tl.load(k_codes_ptr + (block * stride_kcb + offset * stride_kct)[:, None] + head * stride_kch
+    codes = tl.load(k_codes_ptr + (block * stride_kb + offset * D)[:, None] + head * stride_kh
                     + dim[None, :], mask=cached[:, None] & mask, other=0)
     if K_PER_TOKEN:
         scale = tl.load(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, mask=cached, other=0.0)
@@ -69,14 +72,17 @@ def _flatten_kernel(
 
     dim_v = tl.arange(0, BLOCK_DV)
     mask_v = (dim_v < DV)[None, :]
-    codes = tl.load(v_codes_ptr + (block * stride_vcb + offset)[None, :] + head * stride_vch
-                    + (dim_v * stride_vcd)[:, None], mask=cached[None, :] & (dim_v < DV)[:, None], other=0)
+    group = tile_offset(tile, tl.arange(0, BLOCK_N // 16) * 16, PAGE, BLOCK_N)
+    packed = tl.arange(0, 16 * BLOCK_DV)
+    cached_group = (tl.max(tl.reshape(cached.to(tl.int32), (BLOCK_N // 16, 16)), 1) > 0)[:, None]
+    codes = tl.load(v_codes_ptr + block * stride_vb + head * stride_vh + (group * DV)[:, None] + packed[None, :],
+                    mask=cached_group & (packed < 16 * DV)[None, :], other=0)
     if V_PER_TOKEN:
         scale = tl.load(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(v_static_ptr + head * stride_v_static) + tl.zeros([BLOCK_N], tl.float32)
-    value = DECODE_V(codes, CAP).to(tl.float32) * GAIN_V * scale[None, :]
-    value = tl.trans(tl.where(cached[None, :], value, 0.0).to(value_out_ptr.dtype.element_ty))
+    value = value_rows(DECODE_V(codes, CAP)).to(tl.float32) * GAIN_V * scale[:, None]
+    value = tl.where(cached[:, None], value, 0.0).to(value_out_ptr.dtype.element_ty)
     if NEW_GIVEN:
         new = tl.load(value_new_ptr + (new_row * stride_vnt)[:, None] + head * stride_vnh + dim_v[None, :],
                       mask=fresh[:, None] & mask_v, other=0.0)

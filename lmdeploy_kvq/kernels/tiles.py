@@ -1,13 +1,32 @@
-"""Paging on the device: which sequence a program serves, and where tokens live. Addresses only, no values.
+"""Addresses of paged tokens: where a tile of a sequence lies, which part of a batch a program handles. No arithmetic
+on values here.
 
-Pages: K codes are [block, head, token, dim] and V codes [block, head, dim, token] (tokens contiguous, because the PV
-product contracts over tokens); scales are [block, head, token]. Block strides are arbitrary: LMDeploy packs all
-tensors of a block into one pool. Offsets are int64.
+Pages: K codes are [block, head, token, dim]. V codes are [block, head, token / 16, dim / 8, 4, 8, 4]: groups of 16 tokens
+in the order in which a tensor core's lanes take them (docs/formats.md), so that a program loads wide whatever the page
+size is, and a token's row still touches whole words. Scales are [block, head, token]. Block and head strides are
+arbitrary: LMDeploy packs all tensors of a block into one pool. Offsets are int64.
 """
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+VALUE_GROUP = tl.constexpr(16)  # tokens per group of a V page; formats.VALUE_GROUP says the same to the host
+
+
+@triton.jit
+def value_offset(offset, dim, DV: tl.constexpr):
+    """Where the code of V's element ``dim`` of the page's token ``offset`` lies, from the start of page and head."""
+    return (offset // 16) * (16 * DV) + (dim // 8) * 128 + (offset // 4 % 4) * 32 + (dim % 8) * 4 + offset % 4
+
+
+@triton.jit
+def value_rows(groups):
+    """[n, 16 * dim] groups as they lie in memory to [16 * n, dim] rows, one per token; moves no data by itself."""
+    COUNT: tl.constexpr = groups.shape[0]
+    DIM: tl.constexpr = groups.shape[1] // 16
+    parts = tl.reshape(groups, (COUNT, DIM // 8, 4, 8, 4))
+    return tl.reshape(tl.permute(parts, (0, 2, 4, 1, 3)), (COUNT * 16, DIM))
 
 
 @triton.jit
@@ -22,34 +41,41 @@ def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N
 
 
 @triton.jit
-def locate_split(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BATCH: tl.constexpr, MIN_TILES: tl.constexpr):
-    """Share the tiles of a ragged batch evenly among about ``target`` programs.
+def first_program(tile, total, programs):
+    """The program that :func:`program_share` gives tile ``tile`` of ``total`` to."""
+    return (((tile.to(tl.int64) + 1) * programs - 1) // total).to(tl.int32)
 
-    Every program derives the same plan from the lengths on the device (CUDA graphs freeze the grid, not the lengths):
-    a sequence gets one split per ``chunk`` tiles, at least one; split ``i`` of ``n`` takes an even part of its tiles.
+
+@triton.jit
+def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BATCH: tl.constexpr):
+    """An equal share of a ragged batch's tiles for each of ``target`` programs, wherever sequences begin and end.
+
+    Every program derives the same plan from the lengths on the device (CUDA graphs freeze the grid, not the lengths).
+    This is the partition of stream-K matrix products (Osama et al., 2023, arXiv:2301.03598).
 
     Args:
-        pid: index of this program among ``target + batch``.
+        pid: index of this program among ``target``.
         kv_lens_ptr: [batch] lengths.
         batch: sequences; ``BATCH`` is its next power of two.
 
     Returns:
-        (seq, split, splits, kv_len): ``seq >= batch`` where nothing is left to do.
+        (seq, tile, count, total, programs): the sequence and the tile inside it to begin with, how many tiles to take
+        from there on through the following sequences, all tiles, and how many programs share them.
     """
     index = tl.arange(0, BATCH)
     lens = tl.load(kv_lens_ptr + index, mask=index < batch, other=0).to(tl.int32)
     first, last = visible_tiles(lens, QUERY_LEN, WINDOW, BLOCK_N)
-    tiles = tl.maximum(last - first, 0)
-    chunk = tl.maximum(tl.cdiv(tl.sum(tiles, 0), target), MIN_TILES)
-    splits = tl.where(index < batch, tl.maximum(tl.cdiv(tiles, chunk), 1), 0)
-    ends = tl.cumsum(splits, 0)
-    seq = tl.sum((ends <= pid).to(tl.int32), 0)
-    mine = index == seq
-    count = tl.sum(tl.where(mine, splits, 0), 0)
-    split = pid - (tl.sum(tl.where(mine, ends, 0), 0) - count)
-    kv_len = tl.sum(tl.where(mine, lens, 0), 0)
-    return seq, split, count, kv_len
+    tiles = tl.where(index < batch, tl.maximum(last - first, 0), 0)
+    ends = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0)
+    programs = tl.minimum(target, total)
+    begin = (pid.to(tl.int64) * total // tl.maximum(programs, 1)).to(tl.int32)
+    end = ((pid.to(tl.int64) + 1) * total // tl.maximum(programs, 1)).to(tl.int32)
+    seq = tl.sum((ends <= begin).to(tl.int32), 0)
+    before = tl.sum(tl.where(index < seq, tiles, 0), 0)
+    tile = begin - before + tl.sum(tl.where(index == seq, first, 0), 0)
+    return seq, tile, tl.where(pid < programs, end - begin, 0), total, programs
 
 
 @triton.jit
@@ -67,28 +93,35 @@ def locate_tile(pid, kv_lens_ptr, batch, BLOCK_N: tl.constexpr, BATCH: tl.conste
 
 
 @triton.jit
-def tile_tokens(table_ptr, tile, kv_len, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where tile ``tile`` of a sequence lives.
+def tile_block(table_ptr, tile, kv_len, lane, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page ids (int64) of a tile: a scalar where the tile lies in one page, else one for each token in ``lane``.
 
     Args:
-        table_ptr: the sequence's row of the block table.
-        kv_len: tokens of the sequence; the table is not read beyond them.
-
-    Returns:
-        block (a scalar where a tile lies in one page, else [BLOCK_N]), offset [BLOCK_N] inside the page, and
-        position [BLOCK_N] inside the sequence.
+        table_ptr: the sequence's row of the block table. It is not read beyond kv_len.
+        tile: index of the tile in the sequence.
+        kv_len: tokens of the sequence.
+        lane: token offsets inside the tile.
     """
-    lane = tl.arange(0, BLOCK_N)
-    position = tile * BLOCK_N + lane
     if BLOCK_N <= PAGE:
-        # One page-table read per tile keeps "offsets are contiguous" provable, which V's wide loads need.
-        block = tl.load(table_ptr + tile * BLOCK_N // PAGE).to(tl.int64)
-        offset = (tile % (PAGE // BLOCK_N)) * BLOCK_N + lane
+        return tl.load(table_ptr + tile * BLOCK_N // PAGE).to(tl.int64)
     else:
-        page = tile * (BLOCK_N // PAGE) + lane // PAGE
-        block = tl.load(table_ptr + page, mask=position < kv_len, other=0).to(tl.int64)
-        offset = lane % PAGE
-    return block, offset, position
+        # One scalar read per page: a read per token would cost an instruction and a register for each.
+        PAGES: tl.constexpr = BLOCK_N // PAGE
+        block = tl.load(table_ptr + tile * PAGES).to(tl.int64) + tl.zeros_like(lane)
+        for page in tl.static_range(1, PAGES):
+            there = (tile * PAGES + page) * PAGE < kv_len
+            other = tl.load(table_ptr + tile * PAGES + page, mask=there, other=0).to(tl.int64)
+            block = tl.where(lane // PAGE >= page, other, block)
+        return block
+
+
+@triton.jit
+def tile_offset(tile, lane, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets inside their page of tokens ``lane`` of a tile."""
+    if BLOCK_N <= PAGE:
+        return (tile % (PAGE // BLOCK_N)) * BLOCK_N + lane
+    else:
+        return lane % PAGE
 
 
 @triton.jit
