@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 SCALE_BITS = 32  # scales are stored in fp32: bf16 scales were measured to double int8's error
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-VALUE_GROUP = 16
-"""Tokens of a V page that are stored interleaved (docs/formats.md); pages hold whole groups."""
+GROUP = 16
+"""Pages are made of blocks of GROUP tokens by GROUP elements in the order of tensor-core fragments (docs/formats.md)."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Encoding:
     per_token_head: bool
 
     def bits_per_element(self, head_dim: int) -> float:
-        """Stored bits per element of a row of ``head_dim`` values, its scale included."""
-        return self.codec.bits + (SCALE_BITS / head_dim if self.per_token_head else 0.0)
+        """Stored bits per element of a row of ``head_dim`` values, its scale and padding included."""
+        return (self.codec.bits * stored_dim(head_dim) + (SCALE_BITS if self.per_token_head else 0)) / head_dim
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,14 @@ FORMATS: tuple[KVFormat, ...] = (
 )
 
 
-def value_page(block_size: int, v_head_dim: int) -> tuple[int, int]:
-    """Shape of one page and KV head of V's codes: groups of tokens, codes of a group."""
-    return block_size // VALUE_GROUP, VALUE_GROUP * v_head_dim
+def stored_dim(dim: int) -> int:
+    """Elements that a row of ``dim`` takes in a page: whole groups."""
+    return -(-dim // GROUP) * GROUP
+
+
+def page_shape(block_size: int, dim: int) -> tuple[int, int]:
+    """Shape of the codes of one page and KV head, of K or of V: groups of tokens, codes of a group."""
+    return block_size // GROUP, GROUP * stored_dim(dim)
 
 
 def _index(formats: tuple[KVFormat, ...]) -> tuple[dict[str, KVFormat], dict[int, KVFormat]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .formats import VALUE_GROUP, Encoding, KVFormat, get_format, value_page
+from .formats import GROUP, Encoding, KVFormat, get_format, page_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -18,9 +18,10 @@ class PagedCache:
 
     Attributes:
         format: the entry of the format table.
-        k_codes: uint8 [blocks, kv_heads, block_size, head_dim], the last two axes contiguous.
-        v_codes: uint8 [blocks, kv_heads, block_size / 16, 16 * v_head_dim], the last two axes contiguous: groups of 16
-            tokens in the order of tensor-core fragments (docs/formats.md); :attr:`v_rows` shows them token by token.
+        k_codes: uint8 [blocks, kv_heads, block_size / 16, 16 * head_dim], v_codes: with v_head_dim; the last two axes are
+            contiguous. Codes stand in the order of tensor-core fragments (docs/formats.md), with head sizes rounded up
+            to 16; :attr:`k_rows` and :attr:`v_rows` show them token by token.
+        head_dim, v_head_dim: elements of a K row and of a V row.
         k_scales, v_scales: fp32 [blocks, kv_heads, block_size], or None for a static encoding.
         k_static_scale, v_static_scale: fp32 scalar or [kv_heads], or None for a per-token-head encoding.
 
@@ -29,6 +30,8 @@ class PagedCache:
     format: KVFormat
     k_codes: torch.Tensor
     v_codes: torch.Tensor
+    head_dim: int
+    v_head_dim: int
     k_scales: torch.Tensor | None = None
     v_scales: torch.Tensor | None = None
     k_static_scale: torch.Tensor | None = None
@@ -63,9 +66,9 @@ class PagedCache:
         def static(encoding: Encoding) -> torch.Tensor | None:
             return None if encoding.per_token_head else torch.ones((), dtype=torch.float32, device=device)
 
-        return cls(fmt, torch.zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype=torch.uint8, device=device),
-                   torch.zeros((num_blocks, num_kv_heads, *value_page(block_size, v_head_dim)), dtype=torch.uint8,
-                               device=device),
+        k_codes, v_codes = (torch.zeros((num_blocks, num_kv_heads, *page_shape(block_size, dim)), dtype=torch.uint8,
+                                        device=device) for dim in (head_dim, v_head_dim))
+        return cls(fmt, k_codes, v_codes, head_dim, v_head_dim,
                    scales(fmt.key), scales(fmt.value), static(fmt.key), static(fmt.value))
 
     @property
@@ -81,25 +84,25 @@ class PagedCache:
     @property
     def block_size(self) -> int:
         """Tokens per page."""
-        return self.k_codes.size(2)
+        return self.k_codes.size(2) * GROUP
 
     @property
-    def head_dim(self) -> int:
-        """Elements of a K row."""
-        return self.k_codes.size(3)
+    def k_rows(self) -> torch.Tensor:
+        """K's codes token by token: a view of :attr:`k_codes`, [blocks, kv_heads, *token, *element].
 
-    @property
-    def v_head_dim(self) -> int:
-        """Elements of a V row."""
-        return self.v_codes.size(3) // VALUE_GROUP
+        Token ``t`` of a page is at ``[..., t // 16, t // 8 % 2, t % 8, :, :, :]``, element ``d`` of its row at
+        ``[..., d // 16, d // 4 % 4, d % 4]``.
+        """
+        return self.k_codes.unflatten(-1, (-1, 8, 4, 2, 4)).permute(0, 1, 2, 6, 4, 3, 5, 7)
 
     @property
     def v_rows(self) -> torch.Tensor:
-        """V's codes token by token: a view of :attr:`v_codes` [blocks, kv_heads, block / 16, 4, 4, dim / 8, 8].
+        """V's codes token by token: a view of :attr:`v_codes`, [blocks, kv_heads, *token, *element].
 
-        Token ``t`` of a page is at ``[..., t // 16, t // 4 % 4, t % 4, :, :]``, element ``d`` at ``[..., d // 8, d % 8]``.
+        Token ``t`` of a page is at ``[..., t // 16, t // 4 % 4, t % 4, :, :, :, :]``, element ``d`` of its row at
+        ``[..., d // 16, d // 8 % 2, d // 4 % 2, d % 4]``.
         """
-        return self.v_codes.unflatten(-1, (-1, 4, 8, 4)).permute(0, 1, 2, 4, 6, 3, 5)
+        return self.v_codes.unflatten(-1, (-1, 2, 4, 4, 2, 4)).permute(0, 1, 2, 5, 8, 3, 7, 4, 6)
 
     @property
     def k_scale(self) -> torch.Tensor:

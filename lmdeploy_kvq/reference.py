@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .formats import VALUE_GROUP, Codec, Encoding
+from .formats import GROUP, Codec, Encoding, stored_dim
 
 if TYPE_CHECKING:
     from .paged import PagedCache
@@ -78,27 +78,26 @@ def decode(codes: torch.Tensor, encoding: Encoding, scale: torch.Tensor) -> torc
     return decode_codes(codes, encoding.codec) * scale[..., None]
 
 
-def _slots(cache: PagedCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return slots // cache.block_size, slots % cache.block_size
-
-
-def _in_group(offset: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A token's place in a page of V, as :attr:`lmdeploy_kvq.PagedCache.v_rows` is indexed."""
-    return offset // VALUE_GROUP, offset // 4 % 4, offset % 4
+def _pages(cache: PagedCache, slots: torch.Tensor) -> list[tuple[Any, ...]]:
+    """Of K and of V: encoding, row size, codes token by token, their index by ``slots``, and the two kinds of scale."""
+    block, offset = slots // cache.block_size, slots % cache.block_size
+    group = offset // GROUP
+    return [(cache.format.key, cache.head_dim, cache.k_rows, (block, slice(None), group, offset // 8 % 2, offset % 8),
+             cache.k_scales, cache.k_static_scale),
+            (cache.format.value, cache.v_head_dim, cache.v_rows, (block, slice(None), group, offset // 4 % 4, offset % 4),
+             cache.v_scales, cache.v_static_scale)]
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:
     """Quantize and write new tokens; see :func:`lmdeploy_kvq.reshape_and_cache`."""
     written = slot_mapping >= 0
-    block, offset = _slots(cache, slot_mapping[written].long())
-    for x, encoding, codes, where, scales, static in (
-        (key, cache.format.key, cache.k_codes, (offset, ), cache.k_scales, cache.k_static_scale),
-        (value, cache.format.value, cache.v_rows, _in_group(offset), cache.v_scales, cache.v_static_scale),
-    ):
-        new_codes, new_scales = encode(x[written], encoding, static)
-        codes[(block, slice(None), *where)] = new_codes.unflatten(-1, codes.shape[2 + len(where):])
+    slots = slot_mapping[written].long()
+    for x, (encoding, dim, codes, where, scales, static) in zip((key, value), _pages(cache, slots)):
+        padded = torch.nn.functional.pad(x[written], (0, stored_dim(dim) - dim))
+        new_codes, new_scales = encode(padded, encoding, static)
+        codes[where] = new_codes.unflatten(-1, codes.shape[len(where):])
         if encoding.per_token_head:
-            scales.transpose(1, 2)[block, offset] = new_scales  # type: ignore[union-attr]
+            scales[slots // cache.block_size, :, slots % cache.block_size] = new_scales
 
 
 def gather(cache: PagedCache, block_table: torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,15 +112,11 @@ def gather(cache: PagedCache, block_table: torch.Tensor, kv_len: int) -> tuple[t
         key [kv_len, kv_heads, head_dim], value [kv_len, kv_heads, v_head_dim], fp32.
     """
     position = torch.arange(kv_len, device=block_table.device)
-    page, offset = _slots(cache, position)
-    block = block_table[page].long()
+    slots = block_table[position // cache.block_size].long() * cache.block_size + position % cache.block_size
     out = []
-    for encoding, codes, where, scales, static in (
-        (cache.format.key, cache.k_codes, (offset, ), cache.k_scales, cache.k_static_scale),
-        (cache.format.value, cache.v_rows, _in_group(offset), cache.v_scales, cache.v_static_scale),
-    ):
-        scale: Any = scales.transpose(1, 2)[block, offset] if encoding.per_token_head else static  # type: ignore[union-attr]
-        out.append(decode(codes[(block, slice(None), *where)].flatten(2), encoding, scale))
+    for encoding, dim, codes, where, scales, static in _pages(cache, slots):
+        scale = scales[slots // cache.block_size, :, slots % cache.block_size] if encoding.per_token_head else static
+        out.append(decode(codes[where].flatten(2), encoding, scale)[..., :dim])
     return out[0], out[1]
 
 

@@ -10,7 +10,7 @@ import torch
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
-from lmdeploy_kvq.formats import Codec, KVFormat, value_page
+from lmdeploy_kvq.formats import Codec, KVFormat, page_shape
 from lmdeploy_kvq.kernels.launch import interpreted
 
 POISON = 0xFF
@@ -61,7 +61,7 @@ class Problem:
 def poisoned_cache(fmt: KVFormat, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, v_head_dim: int,
                    device: str, pooled: bool) -> tuple[kvq.PagedCache, torch.Tensor | None]:
     """A cache full of 0xFF: separate tensors, or views into one pool like LMDeploy's PackedBlockCacheLayout."""
-    shapes = [((kv_heads, block_size, head_dim), torch.uint8), ((kv_heads, *value_page(block_size, v_head_dim)), torch.uint8)]
+    shapes = [((kv_heads, *page_shape(block_size, dim)), torch.uint8) for dim in (head_dim, v_head_dim)]
     for encoding in (fmt.key, fmt.value):
         shapes.append(((kv_heads, block_size if encoding.per_token_head else 0), torch.float32))
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes]
@@ -79,7 +79,7 @@ def poisoned_cache(fmt: KVFormat, num_blocks: int, block_size: int, kv_heads: in
     k_codes, v_codes, k_scales, v_scales = views
     static_k = None if fmt.key.per_token_head else torch.tensor(0.0213, device=device)
     static_v = None if fmt.value.per_token_head else torch.tensor(0.0161, device=device)
-    cache = kvq.PagedCache(fmt, k_codes, v_codes, k_scales if fmt.key.per_token_head else None,
+    cache = kvq.PagedCache(fmt, k_codes, v_codes, head_dim, v_head_dim, k_scales if fmt.key.per_token_head else None,
                            v_scales if fmt.value.per_token_head else None, static_k, static_v)
     return cache, pool
 

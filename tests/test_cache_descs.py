@@ -49,14 +49,14 @@ def cache_config(policy: int, block_size: int = 64, kernel_block_size: int = -1,
 @EACH_SHAPE
 @FORMATS
 def test_descriptors(fmt, kv_heads, head_dim, v_head_dim, block_size, kernel_block_size, world_size):
-    """K token-major, V dim-major, scales beside them, in kernel blocks and per rank."""
+    """Groups of 16 tokens, scales beside them, in kernel blocks and per rank."""
     config = model_config(kv_heads, head_dim, v_head_dim)
     cache = cache_config(fmt.policy, block_size, kernel_block_size)
     k = schema.build_k_cache_desc(config, cache, world_size)
     v = schema.build_v_cache_desc(config, cache, world_size)
     scales = schema.build_quant_cache_descs(k, v, config, cache)
     heads, v_dim = kv_heads // world_size, v_head_dim or head_dim
-    assert (k.dtype, list(k.shape)) == (torch.uint8, [heads, kernel_block_size, head_dim])
+    assert (k.dtype, list(k.shape)) == (torch.uint8, [heads, kernel_block_size // 16, 16 * head_dim])
     assert (v.dtype, list(v.shape)) == (torch.uint8, [heads, kernel_block_size // 16, 16 * v_dim])
     assert len(scales) == (2 if fmt.per_token_head else 0)  # what models unpack
     for encoding, desc in zip((fmt.key, fmt.value), scales, strict=False):
@@ -143,7 +143,7 @@ def test_pages_as_lmdeploy_allocates_them(fmt, kv_heads, head_dim, v_head_dim, d
     layer = [view[1] for view in allocation.tensor_views]
     static = [torch.full((), 0.02, device=device) for _ in range(2)]
     k_cache, v_cache, k_scale, v_scale = (*layer[:2], *(layer[2:] or static))
-    pages = page_views(fmt, k_cache, v_cache, k_scale, v_scale)
+    pages = page_views(fmt, k_cache, v_cache, head_dim, v_head_dim or head_dim, k_scale, v_scale)
     assert (pages.num_blocks, pages.num_kv_heads, pages.block_size) == (12, kv_heads, 16)
     assert (pages.head_dim, pages.v_head_dim) == (head_dim, v_head_dim or head_dim)
     assert not pages.k_codes.is_contiguous() and pages.k_codes.data_ptr() == k_cache.data_ptr()
@@ -172,7 +172,7 @@ def test_page_views_carries_static_scales(fmt):
     cache = kvq.PagedCache.allocate(fmt, 2, 16, 2, 64, device='cpu')
     given = [torch.tensor([0.5, 2.0]), torch.tensor(3.0)]
     scales = [one if own is None else own for one, own in zip(given, (cache.k_scales, cache.v_scales), strict=True)]
-    pages = page_views(fmt, cache.k_codes, cache.v_codes, *scales)
+    pages = page_views(fmt, cache.k_codes, cache.v_codes, 64, 64, *scales)
     assert (pages.k_static_scale is given[0]) != fmt.key.per_token_head
     assert (pages.v_static_scale is given[1]) != fmt.value.per_token_head
     assert (pages.k_scales is cache.k_scales) and (pages.v_scales is cache.v_scales)

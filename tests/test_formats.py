@@ -115,8 +115,8 @@ def test_bits_per_element_is_what_gets_allocated(fmt, head_dim, v_head_dim):
 def test_allocated_shapes(fmt):
     cache = kvq.PagedCache.allocate(fmt.name, 3, 32, 5, 64, 128, device='cpu')
     assert cache.format is fmt
-    assert cache.k_codes.shape == (3, 5, 32, 64) and cache.v_codes.shape == (3, 5, 2, 16 * 128)
-    assert cache.v_rows.shape == (3, 5, 2, 4, 4, 16, 8)
+    assert cache.k_codes.shape == (3, 5, 2, 16 * 64) and cache.v_codes.shape == (3, 5, 2, 16 * 128)
+    assert cache.k_rows.shape == (3, 5, 2, 2, 8, 4, 4, 4) and cache.v_rows.shape == (3, 5, 2, 4, 4, 8, 2, 2, 4)
     assert cache.k_codes.dtype == cache.v_codes.dtype == torch.uint8
     assert not cache.k_codes.any() and not cache.v_codes.any()
     assert (cache.num_blocks, cache.num_kv_heads, cache.block_size) == (3, 5, 32)

@@ -34,7 +34,7 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
     if fmt is None:
         return original(impl, query, key, value, k_cache, v_cache, attn_metadata, k_scales_zeros=k_scales_zeros,
                         v_scales_zeros=v_scales_zeros, learnable_sink=learnable_sink, inplace=inplace, **kwargs)
-    cache = page_views(fmt, k_cache, v_cache, k_scales_zeros, v_scales_zeros)
+    cache = page_views(fmt, k_cache, v_cache, query.size(-1), impl.v_head_size, k_scales_zeros, v_scales_zeros)
     batch = attn_metadata.q_seqlens.size(0)
     query_len = query.size(0) // batch if attn_metadata.is_decoding else 0
     filled = key is not None and value is not None
@@ -50,15 +50,15 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
     return _prefill(impl, query, key, value, cache, attn_metadata, learnable_sink)
 
 
-def page_views(fmt: KVFormat, k_cache: torch.Tensor, v_cache: torch.Tensor, k_scale: torch.Tensor | None,
-               v_scale: torch.Tensor | None) -> PagedCache:
+def page_views(fmt: KVFormat, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int, v_head_dim: int,
+               k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> PagedCache:
     """LMDeploy's views of one layer as a :class:`PagedCache`.
 
     The scale arguments carry what the format stores: per-(token, head) scales from the pool, or the attention layer's
     static scale buffers.
     """
     per_k, per_v = fmt.key.per_token_head, fmt.value.per_token_head
-    return PagedCache(fmt, k_cache, v_cache, k_scale if per_k else None, v_scale if per_v else None,
+    return PagedCache(fmt, k_cache, v_cache, head_dim, v_head_dim, k_scale if per_k else None, v_scale if per_v else None,
                       None if per_k else k_scale, None if per_v else v_scale)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..formats import Encoding, KVFormat, find_format, value_page
+from ..formats import Encoding, KVFormat, find_format, page_shape
 from ..kernels.decode import MAX_BATCH, MAX_GROUP
 from .loading import check_file
 
@@ -54,13 +54,13 @@ def _kv_heads(model_config: Any, world_size: int) -> int:
 
 
 def build_k_cache_desc(original: Callable[..., Any], model_config: Any, cache_config: Any, world_size: int = 1) -> Any:
-    """K pages: uint8 [kv_heads, block, head_dim]."""
+    """K pages: uint8 [kv_heads, block / 16, 16 * head_dim]."""
     fmt = find_format(cache_config.quant_policy)
     if fmt is None:
         return original(model_config, cache_config, world_size)
     from lmdeploy.pytorch.engine.cache_engine.schema import CacheDesc
     head_dim = model_config.k_head_dim or model_config.head_dim
-    return CacheDesc(shape=[_kv_heads(model_config, world_size), cache_config.kernel_block_size, head_dim],
+    return CacheDesc(shape=[_kv_heads(model_config, world_size), *page_shape(cache_config.kernel_block_size, head_dim)],
                      dtype=torch.uint8)
 
 
@@ -71,7 +71,7 @@ def build_v_cache_desc(original: Callable[..., Any], model_config: Any, cache_co
         return original(model_config, cache_config, world_size)
     from lmdeploy.pytorch.engine.cache_engine.schema import CacheDesc
     head_dim = model_config.v_head_dim or model_config.head_dim
-    return CacheDesc(shape=[_kv_heads(model_config, world_size), *value_page(cache_config.kernel_block_size, head_dim)],
+    return CacheDesc(shape=[_kv_heads(model_config, world_size), *page_shape(cache_config.kernel_block_size, head_dim)],
                      dtype=torch.uint8)
 
 

@@ -13,9 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
+from ..formats import stored_dim
 from .codecs import decode_gain, device_codec
 from .launch import check_device, compute_capability, interpreted, multiprocessors
-from .tiles import first_program, program_share, tile_block, tile_offset, value_rows, visible_tiles
+from .tiles import (
+    first_program,
+    key_rows,
+    program_share,
+    tile_block,
+    tile_offset,
+    value_columns,
+    visible_tiles,
+)
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -28,12 +37,12 @@ MAX_BATCH = 1024
 
 @triton.jit
 def _load_query(q_ptrs, mask):
-    """fp16 query rows and the power of two (fp32) each was divided by."""
+    """fp16 query rows [dim, rows] and the power of two (fp32) each was divided by."""
     q = tl.load(q_ptrs, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(q), 1)
+    largest = tl.max(tl.abs(q), 0)
     power = (largest.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     power = tl.where(largest > 0.0, power, 1.0)
-    return (q * (1.0 / power)[:, None]).to(tl.float16), power
+    return (q * (1.0 / power)[None, :]).to(tl.float16), power
 
 
 @triton.jit
@@ -45,66 +54,71 @@ def _softcap(score, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attend(q, row_scale, q_pos, slope, m, l, acc, tile, oldest, kv_len, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr,
-            stride_kb, stride_vb, stride_ksb, stride_vsb, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE_K: tl.constexpr,
-            DECODE_V: tl.constexpr, FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
-            QMAX_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, CAP: tl.constexpr):
-    """One online-softmax step over one tile.
+            stride_kb, stride_vb, stride_ksb, stride_vsb, STORED: tl.constexpr, STORED_V: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+            DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr,
+            V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+            ALIBI: tl.constexpr, CAP: tl.constexpr):
+    """One online-softmax step over one tile: scores are [tokens, rows], outputs [dim, rows].
+
+    K and V are left operands, so that a product's narrow side (8 columns suffice) holds the query rows, of which there
+    are few, and codes become fp16 in the lanes that multiply them.
 
     Every tile is masked, although only those at the window's edge and at the newest tokens need it: a second, masked
     copy of this body costs more (registers, hence programs per multiprocessor) than the masks do.
     """
     lane = tl.arange(0, BLOCK_N)
     group = tl.arange(0, BLOCK_N // 16) * 16
-    dim = tl.arange(0, BLOCK_D)
-    packed = tl.arange(0, 16 * BLOCK_DV)
     position = tile * BLOCK_N + lane
     block = tile_block(table_ptr, tile, kv_len, lane, PAGE, BLOCK_N)
     offset = tile_offset(tile, lane, PAGE, BLOCK_N)
-    k_ptrs = k_ptr + (block * stride_kb + offset * D)[None, :] + dim[:, None]
-    v_start = tile_block(table_ptr, tile, kv_len, group, PAGE, BLOCK_N) * stride_vb
-    v_ptrs = v_ptr + (v_start + tile_offset(tile, group, PAGE, BLOCK_N) * DV)[:, None] + packed[None, :]
-    k_codes = tl.load(k_ptrs) if BLOCK_D == D else tl.load(k_ptrs, mask=(dim < D)[:, None], other=0)
-    v_codes = tl.load(v_ptrs) if BLOCK_DV == DV else tl.load(v_ptrs, mask=(packed < 16 * DV)[None, :], other=0)
+    group_block = tile_block(table_ptr, tile, kv_len, group, PAGE, BLOCK_N)
+    group_offset = tile_offset(tile, group, PAGE, BLOCK_N)
+    packed = tl.arange(0, 16 * BLOCK_D)[None, :]
+    k_ptrs = k_ptr + (group_block * stride_kb + group_offset * STORED)[:, None] + packed
+    k_codes = tl.load(k_ptrs) if BLOCK_D == STORED else tl.load(k_ptrs, mask=packed < 16 * STORED, other=0)
+    packed_v = tl.arange(0, 16 * BLOCK_DV)[None, :]
+    v_ptrs = v_ptr + (group_block * stride_vb + group_offset * STORED_V)[:, None] + packed_v
+    v_codes = tl.load(v_ptrs) if BLOCK_DV == STORED_V else tl.load(v_ptrs, mask=packed_v < 16 * STORED_V, other=0)
 
-    score = tl.dot(q, DECODE_K(k_codes, CAP)) * row_scale[:, None]
+    score = tl.dot(key_rows(DECODE_K(k_codes, CAP)), q) * row_scale[None, :]
     live = position < kv_len  # slots that no row sees may hold any bytes, scales that are NaN included
     if WINDOW >= 0:
         live = live & (position >= oldest)
     if K_PER_TOKEN:
-        score = score * tl.load(ks_ptr + block * stride_ksb + offset, mask=live, other=0.0)[None, :]
+        score = score * tl.load(ks_ptr + block * stride_ksb + offset, mask=live, other=0.0)[:, None]
     if SOFTCAP > 0.0:
         score = _softcap(score, SOFTCAP)
     if ALIBI:
-        score += slope[:, None] * (position[None, :] - q_pos[:, None]).to(tl.float32)
-    seen = position[None, :] <= q_pos[:, None]
+        score += slope[None, :] * (position[:, None] - q_pos[None, :]).to(tl.float32)
+    seen = position[:, None] <= q_pos[None, :]
     if WINDOW >= 0:
-        seen = seen & (position[None, :] >= q_pos[:, None] - WINDOW)
+        seen = seen & (position[:, None] >= q_pos[None, :] - WINDOW)
     score = tl.where(seen, score, float('-inf'))
-    m_new = tl.maximum(m, tl.max(score, 1))
+    m_new = tl.maximum(m, tl.max(score, 0))
     shift = tl.where(m_new == float('-inf'), 0.0, m_new)  # a row that has seen nothing yet: -inf - -inf is NaN
-    p = tl.exp2(score - shift[:, None])
+    p = tl.exp2(score - shift[None, :])
     alpha = tl.exp2(m - shift)
-    l = l * alpha + tl.sum(p, 1)
+    l = l * alpha + tl.sum(p, 0)
     if V_PER_TOKEN:
         v_scale = tl.load(vs_ptr + block * stride_vsb + offset, mask=live, other=0.0)
         # scale x qmax is the row's absmax, of order one where scale alone could leave fp16's normal range.
-        p = p * (v_scale * QMAX_V)[None, :]
+        p = p * (v_scale * QMAX_V)[:, None]
     # A NaN or inf code in a slot that no row sees would survive its probability of zero.
-    v = value_rows(FINITE_V(DECODE_V(v_codes, CAP)))
-    acc = tl.dot(p.to(tl.float16), v, acc * alpha[:, None])
+    v = value_columns(FINITE_V(DECODE_V(v_codes, CAP)))
+    acc = tl.dot(v, p.to(tl.float16), acc * alpha[None, :])
     return m_new, l, acc
 
 
 @triton.jit
 def _normalize(acc, m, l, sinks_ptr, head, mask, out_scale, HAS_SINKS: tl.constexpr):
-    """Final output rows: a sink joins the denominator; rows that saw nothing become zeros."""
+    """Final outputs [dim, rows]: a sink joins the denominator; rows that saw nothing become zeros."""
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head, mask=mask, other=0.0).to(tl.float32) * LOG2E
         top = tl.maximum(m, sink)
         l = l * tl.exp2(m - top) + tl.exp2(sink - top)
-        acc = acc * tl.exp2(m - top)[:, None]
-    return acc * (out_scale / tl.where(l > 0.0, l, 1.0))[:, None]
+        acc = acc * tl.exp2(m - top)[None, :]
+    return acc * (out_scale / tl.where(l > 0.0, l, 1.0))[None, :]
 
 
 # Sizes of a batch differ from step to step; specializing on them would only compile the same code again.
@@ -115,8 +129,8 @@ def _decode_kernel(
         stride_qt, stride_qh, stride_ot, stride_oh, stride_table,  # query and output: token, head
         stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
-        GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr,
+        GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, STORED: tl.constexpr,
+        STORED_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr,
         DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, FINITE_V: tl.constexpr, GAIN_K: tl.constexpr,
         GAIN_V: tl.constexpr, QMAX_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
@@ -131,7 +145,6 @@ def _decode_kernel(
     if PDL:
         if not WAIT_LATE:
             tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0) // ROW_TILES
     pid = tl.program_id(1)
     seq, tile, remaining, total, programs = program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N,
@@ -168,27 +181,28 @@ def _decode_kernel(
         stop = tl.minimum(last, tile + remaining)
         token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
         q_pos = kv_len - QUERY_LEN + row // GROUP
-        q, row_scale = _load_query(q_ptr + (token * stride_qt + head * stride_qh)[:, None] + dim[None, :],
-                                   row_mask[:, None] & (dim < D)[None, :])
+        q, row_scale = _load_query(q_ptr + (token * stride_qt + head * stride_qh)[None, :] + dim[:, None],
+                                   row_mask[None, :] & (dim < D)[:, None])
         row_scale = row_scale * score_scale
         m = tl.full([BLOCK_M], float('-inf'), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
         oldest = kv_len - QUERY_LEN - WINDOW  # position of the oldest token that a row sees through the window
         for step in range(tile, stop):
             m, l, acc = _attend(q, row_scale, q_pos, slope, m, l, acc, step, oldest, kv_len,
                                 table_ptr + seq.to(tl.int64) * stride_table, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kb,
-                                stride_vb, stride_ksb, stride_vsb, D, DV, BLOCK_D, BLOCK_DV, PAGE, BLOCK_N, DECODE_K,
-                                DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW, SOFTCAP, ALIBI, CAP)
-        mask = row_mask[:, None] & (dim_v < DV)[None, :]
+                                stride_vb, stride_ksb, stride_vsb, STORED, STORED_V, BLOCK_D, BLOCK_DV, PAGE,
+                                BLOCK_N, DECODE_K, DECODE_V, FINITE_V, K_PER_TOKEN, V_PER_TOKEN, QMAX_V, WINDOW,
+                                SOFTCAP, ALIBI, CAP)
+        mask = row_mask[None, :] & (dim_v < DV)[:, None]
         if (tile == first) & (stop == last):
             out = _normalize(acc, m, l, sinks_ptr, head, row_mask, out_scale, HAS_SINKS)
-            tl.store(out_ptr + (token * stride_ot + head * stride_oh)[:, None] + dim_v[None, :],
+            tl.store(out_ptr + (token * stride_ot + head * stride_oh)[None, :] + dim_v[:, None],
                      out.to(out_ptr.dtype.element_ty), mask=mask)
         else:
             # Each segment is the next of its sequence or of its program, so that their sum is a slot of its own.
             part = ((pid + seq).to(tl.int64) * (tl.num_programs(0) // ROW_TILES) + kv_head) * ROWS + row
-            tl.store(partial_ptr + (part * (DV + 4))[:, None] + dim_v[None, :], acc * out_scale, mask=mask)
+            tl.store(partial_ptr + (part * (DV + 4))[None, :] + dim_v[:, None], acc * out_scale, mask=mask)
             tl.store(partial_ptr + part * (DV + 4) + DV, m, mask=row_mask)
             tl.store(partial_ptr + part * (DV + 4) + DV + 1, l, mask=row_mask)
         if tile == first:
@@ -199,6 +213,8 @@ def _decode_kernel(
         remaining -= stop - tile
         seq += 1
         tile = first * 0
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -272,9 +288,10 @@ class DecodeConfig:
 
 def default_config(dim: int, block_m: int) -> DecodeConfig:
     """Launch parameters for a head size (the larger of K's and V's) and a number of query rows per program."""
-    if dim <= 128 and block_m == 16:
-        return DecodeConfig(block_n=128, occupancy=4, maxnreg=128)
-    return DecodeConfig(block_n=128 if dim <= 128 else 64, occupancy=3 if block_m <= 32 else 2)
+    if block_m == 8:
+        return DecodeConfig(block_n=128, occupancy=4, maxnreg=128) if dim <= 128 else DecodeConfig(64, 4, maxnreg=128)
+    # Two warps: with four, Triton would choose Hopper's warp-group products, whose operands come from shared memory.
+    return DecodeConfig(block_n=64 if dim <= 128 else 32, occupancy=8 if block_m == 16 else 4, num_warps=2)
 
 
 def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
@@ -300,7 +317,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     cap = compute_capability(device)
     pdl = cap >= 90 and not interpreted()
     rows = heads // kv_heads * query_len
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    block_m = min(max(8, triton.next_power_of_2(rows)), 32)
     config = config or default_config(max(dim, dim_v), block_m)
     grid_heads = kv_heads * triton.cdiv(rows, block_m)
     target = config.programs or max(1, config.occupancy * multiprocessors(device) // grid_heads)
@@ -313,7 +330,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     _decode_kernel[(grid_heads, target)](
         query, *cache.tensors(), out, workspace, plan, sinks, alibi_slopes, kv_lens, block_table, batch, target,
         sm_scale, *query.stride()[:2], *out.stride()[:2], block_table.stride(0),
-        *cache.strides(), D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
+        *cache.strides(), D=dim, STORED=stored_dim(dim), STORED_V=stored_dim(dim_v), BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
         PAGE=cache.block_size, BATCH=triton.next_power_of_2(batch),
         DECODE_K=device_codec(fmt.key.codec).decode, DECODE_V=device_codec(fmt.value.codec).decode,
         FINITE_V=device_codec(fmt.value.codec).finite,
@@ -323,8 +340,9 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         ALIBI=alibi_slopes is not None, WAIT_LATE=follows_fill, CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **shared,
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
+    many = target >= 8 * batch  # segments per sequence, on average
     _reduce_kernel[(batch, kv_heads * rows)](workspace, plan, out, sinks, kv_lens, *out.stride()[:2], kv_heads,
-                                             SPLITS=16, num_warps=4, **shared)
+                                             SPLITS=16 if many else 4, num_warps=4 if many else 1, **shared)
     return out
 
 

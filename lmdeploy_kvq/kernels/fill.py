@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..formats import stored_dim
 from ..reference import MAX_INPUT, MIN_SCALE
 from .codecs import device_codec
 from .launch import check_device, compute_capability, interpreted
-from .tiles import token_slots, value_offset
+from .tiles import key_offset, token_slots, value_offset
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -40,7 +41,8 @@ def _fill_kernel(
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         ENCODE_K: tl.constexpr, ENCODE_V: tl.constexpr, QMAX_K: tl.constexpr, QMAX_V: tl.constexpr,  #
         K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr,  #
-        D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,  #
+        D: tl.constexpr, DV: tl.constexpr, STORED: tl.constexpr, STORED_V: tl.constexpr, BLOCK_D: tl.constexpr,  #
+        BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,  #
         TOKENS: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr,
         PDL: tl.constexpr, CAP: tl.constexpr):
     """One program writes TOKENS new tokens of one KV head."""
@@ -55,23 +57,23 @@ def _fill_kernel(
     block, offset = slot // PAGE, slot % PAGE
     token = token.to(tl.int64)
 
+    # Beyond its dim elements a row is padded with the codes of zeros, which products read.
     dim = tl.arange(0, BLOCK_D)
-    mask = live[:, None] & (dim < D)[None, :]
-    codes, scale = _quantize_rows(key_ptr + (token * stride_key_t)[:, None] + head * stride_key_h + dim[None, :], mask,
-                                  k_static_ptr, head * stride_k_static, ENCODE_K, QMAX_K, K_PER_TOKEN, MIN_SCALE,
-                                  MAX_INPUT, CAP)
-    tl.store(k_codes_ptr + (block * stride_kb + offset * D)[:, None] + head * stride_kh + dim[None, :], codes,
-             mask=mask)
+    codes, scale = _quantize_rows(key_ptr + (token * stride_key_t)[:, None] + head * stride_key_h + dim[None, :],
+                                  live[:, None] & (dim < D)[None, :], k_static_ptr, head * stride_k_static, ENCODE_K,
+                                  QMAX_K, K_PER_TOKEN, MIN_SCALE, MAX_INPUT, CAP)
+    tl.store(k_codes_ptr + (block * stride_kb)[:, None] + head * stride_kh
+             + key_offset(offset[:, None], dim[None, :], STORED), codes, mask=live[:, None] & (dim < STORED)[None, :])
     if K_PER_TOKEN:
         tl.store(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, scale, mask=live)
 
     dim_v = tl.arange(0, BLOCK_DV)
-    mask_v = live[:, None] & (dim_v < DV)[None, :]
     codes, scale = _quantize_rows(value_ptr + (token * stride_value_t)[:, None] + head * stride_value_h
-                                  + dim_v[None, :], mask_v, v_static_ptr, head * stride_v_static, ENCODE_V, QMAX_V,
-                                  V_PER_TOKEN, MIN_SCALE, MAX_INPUT, CAP)
+                                  + dim_v[None, :], live[:, None] & (dim_v < DV)[None, :], v_static_ptr,
+                                  head * stride_v_static, ENCODE_V, QMAX_V, V_PER_TOKEN, MIN_SCALE, MAX_INPUT, CAP)
     tl.store(v_codes_ptr + (block * stride_vb)[:, None] + head * stride_vh
-             + value_offset(offset[:, None], dim_v[None, :], DV), codes, mask=mask_v)
+             + value_offset(offset[:, None], dim_v[None, :], STORED_V), codes,
+             mask=live[:, None] & (dim_v < STORED_V)[None, :])
     if V_PER_TOKEN:
         tl.store(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, scale, mask=live)
 
@@ -123,7 +125,8 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
         *cache.strides(),
         ENCODE_K=k_codec.encode, ENCODE_V=v_codec.encode, QMAX_K=fmt.key.codec.qmax, QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head, MIN_SCALE=MIN_SCALE,
-        MAX_INPUT=MAX_INPUT, PDL=cap >= 90 and not interpreted(), D=cache.head_dim, DV=cache.v_head_dim, BLOCK_D=triton.next_power_of_2(cache.head_dim),
+        MAX_INPUT=MAX_INPUT, PDL=cap >= 90 and not interpreted(), D=cache.head_dim, DV=cache.v_head_dim,
+        STORED=stored_dim(cache.head_dim), STORED_V=stored_dim(cache.v_head_dim), BLOCK_D=triton.next_power_of_2(cache.head_dim),
         BLOCK_DV=triton.next_power_of_2(cache.v_head_dim), PAGE=cache.block_size, TOKENS=tile,
         SLOTS_GIVEN=layout.slots is not None, UNIFORM_QUERY_LEN=layout.uniform_query_len,
         BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=1 if tile == 1 else 4)

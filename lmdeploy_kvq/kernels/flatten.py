@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..formats import stored_dim
 from .codecs import decode_gain, device_codec
 from .launch import check_device, compute_capability
-from .tiles import locate_tile, tile_block, tile_offset, value_rows
+from .tiles import key_rows, locate_tile, tile_block, tile_offset, value_columns
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -25,8 +26,8 @@ def _flatten_kernel(
         stride_kot, stride_koh, stride_vot, stride_voh,  # dense output: token, head
         stride_knt, stride_knh, stride_vnt, stride_vnh,  # new rows: token, head
         DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, GAIN_K: tl.constexpr, GAIN_V: tl.constexpr,  #
-        K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,  #
-        BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,  #
+        K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, STORED: tl.constexpr,
+        STORED_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,  #
         WINDOW: tl.constexpr, NEW_GIVEN: tl.constexpr, BATCH: tl.constexpr, CAP: tl.constexpr):
     """One program decodes one tile of tokens of one KV head.
 
@@ -53,15 +54,18 @@ def _flatten_kernel(
     fresh = inside & (position >= kv_len - q_len) if NEW_GIVEN else inside & False
     row = start + position
 
+    group = tile_offset(tile, tl.arange(0, BLOCK_N // 16) * 16, PAGE, BLOCK_N)
+    cached_group = (tl.max(tl.reshape(cached.to(tl.int32), (BLOCK_N // 16, 16)), 1) > 0)[:, None]
     dim = tl.arange(0, BLOCK_D)
     mask = (dim < D)[None, :]
-    codes = tl.load(k_codes_ptr + (block * stride_kb + offset * D)[:, None] + head * stride_kh
-                    + dim[None, :], mask=cached[:, None] & mask, other=0)
+    packed = tl.arange(0, 16 * BLOCK_D)[None, :]
+    codes = tl.load(k_codes_ptr + block * stride_kb + head * stride_kh + (group * STORED)[:, None] + packed,
+                    mask=cached_group & (packed < 16 * STORED), other=0)
     if K_PER_TOKEN:
         scale = tl.load(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(k_static_ptr + head * stride_k_static) + tl.zeros([BLOCK_N], tl.float32)
-    key = DECODE_K(codes, CAP).to(tl.float32) * GAIN_K * scale[:, None]
+    key = key_rows(DECODE_K(codes, CAP)).to(tl.float32) * GAIN_K * scale[:, None]
     key = tl.where(cached[:, None], key, 0.0).to(key_out_ptr.dtype.element_ty)
     if NEW_GIVEN:
         new = tl.load(key_new_ptr + (new_row * stride_knt)[:, None] + head * stride_knh + dim[None, :],
@@ -72,16 +76,14 @@ def _flatten_kernel(
 
     dim_v = tl.arange(0, BLOCK_DV)
     mask_v = (dim_v < DV)[None, :]
-    group = tile_offset(tile, tl.arange(0, BLOCK_N // 16) * 16, PAGE, BLOCK_N)
-    packed = tl.arange(0, 16 * BLOCK_DV)
-    cached_group = (tl.max(tl.reshape(cached.to(tl.int32), (BLOCK_N // 16, 16)), 1) > 0)[:, None]
-    codes = tl.load(v_codes_ptr + block * stride_vb + head * stride_vh + (group * DV)[:, None] + packed[None, :],
-                    mask=cached_group & (packed < 16 * DV)[None, :], other=0)
+    packed = tl.arange(0, 16 * BLOCK_DV)[None, :]
+    codes = tl.load(v_codes_ptr + block * stride_vb + head * stride_vh + (group * STORED_V)[:, None] + packed,
+                    mask=cached_group & (packed < 16 * STORED_V), other=0)
     if V_PER_TOKEN:
         scale = tl.load(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(v_static_ptr + head * stride_v_static) + tl.zeros([BLOCK_N], tl.float32)
-    value = value_rows(DECODE_V(codes, CAP)).to(tl.float32) * GAIN_V * scale[:, None]
+    value = tl.trans(value_columns(DECODE_V(codes, CAP))).to(tl.float32) * GAIN_V * scale[:, None]
     value = tl.where(cached[:, None], value, 0.0).to(value_out_ptr.dtype.element_ty)
     if NEW_GIVEN:
         new = tl.load(value_new_ptr + (new_row * stride_vnt)[:, None] + head * stride_vnh + dim_v[None, :],
@@ -137,6 +139,7 @@ def flatten(cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor,
         DECODE_K=k_codec.decode, DECODE_V=v_codec.decode, GAIN_K=decode_gain(fmt.key.codec, cap),
         GAIN_V=decode_gain(fmt.value.codec, cap), K_PER_TOKEN=fmt.key.per_token_head,
         V_PER_TOKEN=fmt.value.per_token_head, D=cache.head_dim, DV=cache.v_head_dim,
+        STORED=stored_dim(cache.head_dim), STORED_V=stored_dim(cache.v_head_dim),
         BLOCK_D=triton.next_power_of_2(cache.head_dim), BLOCK_DV=triton.next_power_of_2(cache.v_head_dim),
         PAGE=cache.block_size, BLOCK_N=block_n, WINDOW=-1 if new is None or new.window is None else new.window,
         NEW_GIVEN=new is not None, BATCH=triton.next_power_of_2(batch), CAP=cap)

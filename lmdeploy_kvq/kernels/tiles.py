@@ -1,32 +1,48 @@
 """Addresses of paged tokens: where a tile of a sequence lies, which part of a batch a program handles. No arithmetic
 on values here.
 
-Pages: K codes are [block, head, token, dim]. V codes are [block, head, token / 16, dim / 8, 4, 8, 4]: groups of 16 tokens
-in the order in which a tensor core's lanes take them (docs/formats.md), so that a program loads wide whatever the page
-size is, and a token's row still touches whole words. Scales are [block, head, token]. Block and head strides are
-arbitrary: LMDeploy packs all tensors of a block into one pool. Offsets are int64.
+Pages: K codes and V codes are [block, head, token / 16, 16 x dim]. Within a group of 16 tokens, each 16 x 16 block of
+codes stands in the order in which the lanes of a warp take it as the left operand of a tensor-core product
+(docs/formats.md): loads are wide and contiguous whatever the page size is, and no code changes lanes. Scales are
+[block, head, token]. Block and head strides are arbitrary: LMDeploy packs all tensors of a block into one pool. Offsets
+are int64.
 """
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-VALUE_GROUP = tl.constexpr(16)  # tokens per group of a V page; formats.VALUE_GROUP says the same to the host
+
+@triton.jit
+def key_offset(offset, dim, STORED: tl.constexpr):
+    """Where K's element ``dim`` of the page's token ``offset`` lies, from the start of page and head."""
+    return ((offset // 16) * (16 * STORED) + (dim // 16) * 256 + (offset % 8) * 32 + (dim // 4 % 4) * 8
+            + (offset // 8 % 2) * 4 + dim % 4)
 
 
 @triton.jit
-def value_offset(offset, dim, DV: tl.constexpr):
-    """Where the code of V's element ``dim`` of the page's token ``offset`` lies, from the start of page and head."""
-    return (offset // 16) * (16 * DV) + (dim // 8) * 128 + (offset // 4 % 4) * 32 + (dim % 8) * 4 + offset % 4
+def value_offset(offset, dim, STORED: tl.constexpr):
+    """Where V's element ``dim`` of the page's token ``offset`` lies, from the start of page and head."""
+    return ((offset // 16) * (16 * STORED) + (dim // 16) * 256 + (dim // 4 % 2) * 128 + (offset // 4 % 4) * 32
+            + (dim % 4) * 8 + (dim // 8 % 2) * 4 + offset % 4)
 
 
 @triton.jit
-def value_rows(groups):
-    """[n, 16 * dim] groups as they lie in memory to [16 * n, dim] rows, one per token; moves no data by itself."""
-    COUNT: tl.constexpr = groups.shape[0]
+def key_rows(groups):
+    """K's groups as they lie in memory, [n, 16 * dim], as a matrix [16 * n tokens, dim]. Moves no data by itself."""
+    N: tl.constexpr = groups.shape[0]
     DIM: tl.constexpr = groups.shape[1] // 16
-    parts = tl.reshape(groups, (COUNT, DIM // 8, 4, 8, 4))
-    return tl.reshape(tl.permute(parts, (0, 2, 4, 1, 3)), (COUNT * 16, DIM))
+    parts = tl.reshape(groups, (N, DIM // 16, 8, 4, 2, 4))
+    return tl.reshape(tl.permute(parts, (0, 4, 2, 1, 3, 5)), (N * 16, DIM))
+
+
+@triton.jit
+def value_columns(groups):
+    """V's groups as they lie in memory, [n, 16 * dim], as a matrix [dim, 16 * n tokens]. Moves no data by itself."""
+    N: tl.constexpr = groups.shape[0]
+    DIM: tl.constexpr = groups.shape[1] // 16
+    parts = tl.reshape(groups, (N, DIM // 16, 2, 4, 4, 2, 4))
+    return tl.reshape(tl.permute(parts, (1, 5, 2, 4, 0, 3, 6)), (DIM, N * 16))
 
 
 @triton.jit
