@@ -46,6 +46,18 @@ def _load_query(q_ptrs, mask):
 
 
 @triton.jit
+def _prefetch(ptrs, mask, CAP: tl.constexpr):
+    """Ask for the lines of pointers to be brought into the L2 cache."""
+    if CAP > 0:
+        tl.inline_asm_elementwise("""{
+            .reg .pred wanted;
+            setp.ne.s32 wanted, $2, 0;
+            @wanted prefetch.global.L2 [$1];
+            mov.u32 $0, 0;
+            }""", '=r,l,r', [ptrs.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _softcap(score, SOFTCAP: tl.constexpr):
     """SOFTCAP * tanh(score / SOFTCAP), scores in units of log2."""
     scale: tl.constexpr = 2.0 / SOFTCAP
@@ -174,6 +186,8 @@ def _decode_kernel(
     if PDL and WAIT_LATE:
         tl.extra.cuda.gdc_wait()
 
+    pieces = 0
+    open_seq = seq
     while remaining > 0:
         kv_len = tl.load(kv_lens_ptr + seq).to(tl.int32)
         first, last = visible_tiles(kv_len, QUERY_LEN, WINDOW, BLOCK_N)
@@ -205,66 +219,74 @@ def _decode_kernel(
             tl.store(partial_ptr + (part * (DV + 4))[None, :] + dim_v[:, None], acc * out_scale, mask=mask)
             tl.store(partial_ptr + part * (DV + 4) + DV, m, mask=row_mask)
             tl.store(partial_ptr + part * (DV + 4) + DV + 1, l, mask=row_mask)
-        if tile == first:
-            # This program's last tile is the one before the next program's first.
-            end = (pid.to(tl.int64) + 1) * total // programs - remaining + last - first - 1
-            tl.store(plan_ptr + seq * 2, pid + seq)
-            tl.store(plan_ptr + seq * 2 + 1, first_program(end, total, programs) - pid + 1)
+        # The tile after this program's last is the first one of the next program.
+        end = (pid.to(tl.int64) + 1) * total // programs - remaining + last - tile - 1
+        pieces = tl.where((tile == first) & (stop < last), first_program(end, total, programs) - pid + 1, 0)
         remaining -= stop - tile
+        open_seq = seq
         seq += 1
         tile = first * 0
+    # Only the last segment can be the first of several of its sequence: that is one reduction at most per program.
+    tl.store(plan_ptr + pid * 2, open_seq)
+    tl.store(plan_ptr + pid * 2 + 1, pieces)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def _reduce_kernel(partial_ptr, plan_ptr, out_ptr, sinks_ptr, kv_lens_ptr, stride_ot, stride_oh, kv_heads,
-                   GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+def _reduce_kernel(partial_ptr, plan_ptr, out_ptr, sinks_ptr, stride_ot, stride_oh, kv_heads, GROUP: tl.constexpr,
+                   QUERY_LEN: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
                    SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr):
-    """One program combines the segments of one query row (head, token)."""
+    """One program combines the segments of the sequence that decode program ``program_id(0)`` left unfinished.
+
+    It does so for BLOCK_M query rows of one KV head, SPLITS segments at a time.
+    """
     ROWS: tl.constexpr = GROUP * QUERY_LEN
-    seq = tl.program_id(0)
-    kv_head = tl.program_id(1) // ROWS
-    row = tl.program_id(1) % ROWS
+    ROW_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    work = tl.load(plan_ptr + seq * 2)
-    splits = tl.load(plan_ptr + seq * 2 + 1)
-    if tl.load(kv_lens_ptr + seq) == 0:
-        splits = 0  # nobody planned an empty sequence: its rows become zeros here
-    if splits == 1:  # the decode kernel wrote the row
+    pid = tl.program_id(0)
+    seq = tl.load(plan_ptr + pid * 2)
+    pieces = tl.load(plan_ptr + pid * 2 + 1)
+    if pieces == 0:
         return
-    head = kv_head * GROUP + row % GROUP
+    kv_head = tl.program_id(1) // ROW_TILES
+    row = (tl.program_id(1) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < ROWS
     dim = tl.arange(0, BLOCK_DV)
     lane = tl.arange(0, SPLITS)
-    m = tl.full([SPLITS], float('-inf'), tl.float32)
-    l = tl.zeros([SPLITS], tl.float32)
-    acc = tl.zeros([SPLITS, BLOCK_DV], tl.float32)
-    for start in range(0, splits, SPLITS):
-        mask = start + lane < splits
-        part = (((work + start + lane).to(tl.int64) * kv_heads + kv_head) * ROWS + row) * (DV + 4)
-        m_new = tl.load(partial_ptr + part + DV, mask=mask, other=float('-inf'))
-        l_new = tl.load(partial_ptr + part + DV + 1, mask=mask, other=0.0)
-        new = tl.load(partial_ptr + part[:, None] + dim[None, :], mask=mask[:, None] & (dim < DV)[None, :], other=0.0)
+    m = tl.full([SPLITS, BLOCK_M], float('-inf'), tl.float32)
+    l = tl.zeros([SPLITS, BLOCK_M], tl.float32)
+    acc = tl.zeros([SPLITS, BLOCK_M, BLOCK_DV], tl.float32)
+    for start in range(0, pieces, SPLITS):
+        mask = (start + lane < pieces)[:, None] & row_mask[None, :]
+        slot = (pid + seq + start + lane).to(tl.int64)[:, None] * kv_heads + kv_head
+        part_ptrs = partial_ptr + (slot * ROWS + row[None, :]) * (DV + 4)
+        m_new = tl.load(part_ptrs + DV, mask=mask, other=float('-inf'))
+        l_new = tl.load(part_ptrs + DV + 1, mask=mask, other=0.0)
+        new = tl.load(part_ptrs[:, :, None] + dim[None, None, :], mask=mask[:, :, None] & (dim < DV)[None, None, :],
+                      other=0.0)
         top = tl.maximum(m, m_new)
         shift = tl.where(top == float('-inf'), 0.0, top)
         old_factor, new_factor = tl.exp2(m - shift), tl.exp2(m_new - shift)
         l = l * old_factor + l_new * new_factor
-        acc = acc * old_factor[:, None] + new * new_factor[:, None]
+        acc = acc * old_factor[:, :, None] + new * new_factor[:, :, None]
         m = top
+    head = kv_head * GROUP + row % GROUP
     top = tl.max(m, 0)
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        sink = tl.load(sinks_ptr + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
     shift = tl.where(top == float('-inf'), 0.0, top)
-    factor = tl.exp2(m - shift)
+    factor = tl.exp2(m - shift[None, :])
     total = tl.sum(l * factor, 0)
     if HAS_SINKS:
         total += tl.exp2(sink - shift)
-    out = tl.sum(acc * factor[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    out = tl.sum(acc * factor[:, :, None], 0) / tl.where(total > 0.0, total, 1.0)[:, None]
     token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
-    tl.store(out_ptr + token * stride_ot + head * stride_oh + dim, out.to(out_ptr.dtype.element_ty), mask=dim < DV)
+    tl.store(out_ptr + (token * stride_ot + head * stride_oh)[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty),
+             mask=row_mask[:, None] & (dim < DV)[None, :])
 
 
 @dataclass(frozen=True)
@@ -323,7 +345,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     target = config.programs or max(1, config.occupancy * multiprocessors(device) // grid_heads)
     # Partial results: each segment's rows with their two softmax statistics, padded to 16 bytes; then the plan.
     partial_size = (target + batch) * kv_heads * rows * (dim_v + 4)
-    workspace = torch.empty(partial_size + 2 * batch, dtype=torch.float32, device=device)
+    workspace = torch.empty(partial_size + 2 * target, dtype=torch.float32, device=device)
     plan = workspace[partial_size:].view(torch.int32)
     shared = dict(GROUP=heads // kv_heads, QUERY_LEN=query_len, DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v),
                   HAS_SINKS=sinks is not None, PDL=pdl, **({'launch_pdl': True} if pdl else {}))
@@ -340,9 +362,11 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         ALIBI=alibi_slopes is not None, WAIT_LATE=follows_fill, CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **shared,
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
-    many = target >= 8 * batch  # segments per sequence, on average
-    _reduce_kernel[(batch, kv_heads * rows)](workspace, plan, out, sinks, kv_lens, *out.stride()[:2], kv_heads,
-                                             SPLITS=16 if many else 4, num_warps=4 if many else 1, **shared)
+    # Few long sequences leave many segments each: then a program takes few rows and many segments.
+    reduce_m, splits, warps = (1, 64, 8) if target >= 16 * batch else (min(block_m, 4), 4, 4)
+    _reduce_kernel[(target, kv_heads * triton.cdiv(rows, reduce_m))](
+        workspace, plan, out, sinks, *out.stride()[:2], kv_heads, BLOCK_M=reduce_m, SPLITS=splits, num_warps=warps,
+        **shared)
     return out
 
 

@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _quantize_rows(x_ptrs, mask, static_ptr, static_offset, ENCODE: tl.constexpr, QMAX: tl.constexpr,
-                   PER_TOKEN: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, CAP: tl.constexpr):
+def _quantize_rows(x, static_ptr, static_offset, ENCODE: tl.constexpr, QMAX: tl.constexpr, PER_TOKEN: tl.constexpr,
+                   MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, CAP: tl.constexpr):
     """Codes [rows, dim] and scales [rows] of a tile; see ``reference.encode``."""
-    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    x = tl.minimum(tl.maximum(x, -MAX_INPUT), MAX_INPUT)
+    x = tl.minimum(tl.maximum(x.to(tl.float32), -MAX_INPUT), MAX_INPUT)
     if PER_TOKEN:
         scale = tl.maximum(tl.max(tl.abs(x), 1) * (1.0 / QMAX), MIN_SCALE)
         return ENCODE(x * (1.0 / scale)[:, None], CAP), scale
@@ -47,30 +46,37 @@ def _fill_kernel(
         PDL: tl.constexpr, CAP: tl.constexpr):
     """One program writes TOKENS new tokens of one KV head."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()  # decode divides its work meanwhile, and waits before it reads pages
+        # Decode divides its work meanwhile. It may, because whatever ran before this kernel has ended by now; and it
+        # waits for this kernel before it reads pages.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    valid = (token < num_tokens)[:, None]
+    row = token.to(tl.int64)[:, None]
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    # Rows are asked for before their slots, which take two reads in a row.
+    key = tl.load(key_ptr + row * stride_key_t + head * stride_key_h + dim[None, :], mask=valid & (dim < D)[None, :],
+                  other=0.0)
+    value = tl.load(value_ptr + row * stride_value_t + head * stride_value_h + dim_v[None, :],
+                    mask=valid & (dim_v < DV)[None, :], other=0.0)
     slot = token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
                        PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH)
     live = slot >= 0
     slot = tl.maximum(slot, 0)
     block, offset = slot // PAGE, slot % PAGE
-    token = token.to(tl.int64)
 
     # Beyond its dim elements a row is padded with the codes of zeros, which products read.
-    dim = tl.arange(0, BLOCK_D)
-    codes, scale = _quantize_rows(key_ptr + (token * stride_key_t)[:, None] + head * stride_key_h + dim[None, :],
-                                  live[:, None] & (dim < D)[None, :], k_static_ptr, head * stride_k_static, ENCODE_K,
-                                  QMAX_K, K_PER_TOKEN, MIN_SCALE, MAX_INPUT, CAP)
+    codes, scale = _quantize_rows(key, k_static_ptr, head * stride_k_static, ENCODE_K, QMAX_K, K_PER_TOKEN, MIN_SCALE,
+                                  MAX_INPUT, CAP)
     tl.store(k_codes_ptr + (block * stride_kb)[:, None] + head * stride_kh
              + key_offset(offset[:, None], dim[None, :], STORED), codes, mask=live[:, None] & (dim < STORED)[None, :])
     if K_PER_TOKEN:
         tl.store(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, scale, mask=live)
 
-    dim_v = tl.arange(0, BLOCK_DV)
-    codes, scale = _quantize_rows(value_ptr + (token * stride_value_t)[:, None] + head * stride_value_h
-                                  + dim_v[None, :], live[:, None] & (dim_v < DV)[None, :], v_static_ptr,
-                                  head * stride_v_static, ENCODE_V, QMAX_V, V_PER_TOKEN, MIN_SCALE, MAX_INPUT, CAP)
+    codes, scale = _quantize_rows(value, v_static_ptr, head * stride_v_static, ENCODE_V, QMAX_V, V_PER_TOKEN, MIN_SCALE,
+                                  MAX_INPUT, CAP)
     tl.store(v_codes_ptr + (block * stride_vb)[:, None] + head * stride_vh
              + value_offset(offset[:, None], dim_v[None, :], STORED_V), codes,
              mask=live[:, None] & (dim_v < STORED_V)[None, :])
@@ -117,6 +123,7 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
     fmt, table, cap = cache.format, layout.block_table, compute_capability(key.device)
     batch = 1 if layout.slots is not None else layout.kv_lens.size(0)  # type: ignore[union-attr]
     tile = 1 if layout.uniform_query_len or tokens <= 64 else 16
+    pdl = cap >= 90 and not interpreted()
     k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
     _fill_kernel[(cache.num_kv_heads, triton.cdiv(tokens, tile))](
         key, value, *cache.tensors(), layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
@@ -125,8 +132,8 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
         *cache.strides(),
         ENCODE_K=k_codec.encode, ENCODE_V=v_codec.encode, QMAX_K=fmt.key.codec.qmax, QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head, MIN_SCALE=MIN_SCALE,
-        MAX_INPUT=MAX_INPUT, PDL=cap >= 90 and not interpreted(), D=cache.head_dim, DV=cache.v_head_dim,
+        MAX_INPUT=MAX_INPUT, PDL=pdl, D=cache.head_dim, DV=cache.v_head_dim,
         STORED=stored_dim(cache.head_dim), STORED_V=stored_dim(cache.v_head_dim), BLOCK_D=triton.next_power_of_2(cache.head_dim),
         BLOCK_DV=triton.next_power_of_2(cache.v_head_dim), PAGE=cache.block_size, TOKENS=tile,
         SLOTS_GIVEN=layout.slots is not None, UNIFORM_QUERY_LEN=layout.uniform_query_len,
-        BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=1 if tile == 1 else 4)
+        BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=1 if tile == 1 else 4, **({'launch_pdl': True} if pdl else {}))

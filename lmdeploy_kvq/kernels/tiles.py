@@ -47,13 +47,15 @@ def value_columns(groups):
 
 @triton.jit
 def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Range [first, last) of BLOCK_N-token tiles that any of a sequence's last QUERY_LEN rows sees."""
-    last = tl.cdiv(kv_len, BLOCK_N)
+    """Range [first, last) of BLOCK_N-token tiles that any of a sequence's last QUERY_LEN rows sees.
+
+    An empty sequence has one tile, of which nothing is visible, so that somebody writes its rows.
+    """
     if WINDOW >= 0:
         first = tl.maximum(kv_len - QUERY_LEN - WINDOW, 0) // BLOCK_N
     else:
         first = kv_len * 0
-    return first, last
+    return first, tl.maximum(tl.cdiv(kv_len, BLOCK_N), first + 1)
 
 
 @triton.jit
@@ -77,12 +79,13 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
 
     Returns:
         (seq, tile, count, total, programs): the sequence and the tile inside it to begin with, how many tiles to take
-        from there on through the following sequences, all tiles, and how many programs share them.
+        from there on through the following sequences (0 for programs too many), all tiles, and how many programs share
+        them.
     """
     index = tl.arange(0, BATCH)
     lens = tl.load(kv_lens_ptr + index, mask=index < batch, other=0).to(tl.int32)
     first, last = visible_tiles(lens, QUERY_LEN, WINDOW, BLOCK_N)
-    tiles = tl.where(index < batch, tl.maximum(last - first, 0), 0)
+    tiles = tl.where(index < batch, last - first, 0)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
     programs = tl.minimum(target, total)
@@ -119,12 +122,12 @@ def tile_block(table_ptr, tile, kv_len, lane, PAGE: tl.constexpr, BLOCK_N: tl.co
         lane: token offsets inside the tile.
     """
     if BLOCK_N <= PAGE:
-        return tl.load(table_ptr + tile * BLOCK_N // PAGE).to(tl.int64)
+        return tl.load(table_ptr + tile * BLOCK_N // PAGE, mask=tile * BLOCK_N < kv_len, other=0).to(tl.int64)
     else:
         # One scalar read per page: a read per token would cost an instruction and a register for each.
         PAGES: tl.constexpr = BLOCK_N // PAGE
-        block = tl.load(table_ptr + tile * PAGES).to(tl.int64) + tl.zeros_like(lane)
-        for page in tl.static_range(1, PAGES):
+        block = tl.zeros_like(lane).to(tl.int64)
+        for page in tl.static_range(0, PAGES):
             there = (tile * PAGES + page) * PAGE < kv_len
             other = tl.load(table_ptr + tile * PAGES + page, mask=there, other=0).to(tl.int64)
             block = tl.where(lane // PAGE >= page, other, block)
