@@ -91,6 +91,15 @@ def write_results(name: str, rows: Sequence[dict], folder: Path | None = None, *
     return path
 
 
+def add_vs_bf16(rows: Sequence[dict], measure: str, keys: Sequence[str]) -> None:
+    """Give every row ``vs_bf16``: its ``measure`` over that of LMDeploy's bf16 row of the same ``keys``, else None."""
+    base = {tuple(row[k] for k in keys): row.get(measure) for row in rows
+            if (row['contender'], row['policy']) == ('lmdeploy', 0)}
+    for row in rows:
+        bf16, own = base.get(tuple(row[k] for k in keys)), row.get(measure)
+        row['vs_bf16'] = own / bf16 if own and bf16 else None
+
+
 def print_table(rows: Sequence[dict], columns: Sequence[str]) -> None:
     """Print rows as an aligned table."""
 
