@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The engine end to end, on a random-weight Llama of Llama-3.1-8B's shape: decode step, tokens per second, time to first
-token, and how many tokens fit, per cache policy; writes engine.json.
+"""The engine end to end, on a random-weight Llama of Llama-3.1-8B's shape: decode step, tokens per second, time to
+first token, and how many tokens fit, per cache policy; writes engine.json.
 
-A load is REQUESTSxTOKENS: that many requests at once, each of so many random tokens. Greedy, exactly --new-tokens tokens
-each, CUDA graphs, no prefix caching. One fresh process per policy, one at a time on the GPU; how times are taken stands
-in scripts/timed_engine.py. A policy that fails or passes its time limit is a row that says why.
+A load is REQUESTSxTOKENS: that many requests at once, each of so many random tokens. Greedy, exactly --new-tokens
+tokens each, CUDA graphs, no prefix caching. One fresh process per policy, one at a time on the GPU; how times are taken
+stands in scripts/timed_engine.py. A policy that fails or passes its time limit is a row that says why.
 
   scripts/bench_engine.py                                       both loads, six policies, one GPU
   scripts/bench_engine.py --tp 2 --policies none,fp8_per_token_head --loads 64x8192
@@ -22,8 +22,8 @@ from timed_engine import EngineError, TimedEngine, decode_phase
 
 LOADS = ('64x8192', '256x2048')
 POLICIES = ('none', 'fp8_per_token_head', 'int8_per_token_head', 'fp8', 'lmdeploy:16')
-COLUMNS = ('contender', 'policy', 'load', 'tp', 'step_ms', 'vs_bf16', 'forward_ms', 'decode_tokens_per_s', 'tokens_per_s',
-           'ttft_s', 'prefill_s', 'num_gpu_blocks', 'start_seconds', 'error')
+COLUMNS = ('contender', 'policy', 'load', 'tp', 'step_ms', 'vs_bf16', 'forward_ms', 'decode_tokens_per_s',
+           'tokens_per_s', 'ttft_s', 'prefill_s', 'num_gpu_blocks', 'start_seconds', 'error')
 SHAPE = 'llama-3.1-8b'
 
 

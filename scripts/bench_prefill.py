@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time to first token of one long prompt through the engine, and the memory it takes, against bf16; writes prefill.json.
+"""Time to first token of one long prompt through the engine, and the memory it takes, against bf16; prefill.json.
 
 Cases, of --length tokens each:
   whole    no history, one forward
@@ -7,10 +7,10 @@ Cases, of --length tokens each:
   prefix   all but --tail tokens are in the prefix cache
 
 The model has Llama-3.1-8B's shape and random weights. All policies of a case are resident on one GPU at the same time,
-each in its process, and take turns: every round asks each of them once, another one first each time, so that clocks and
-temperature are the same for all. ``ttft_s`` is the median over the rounds, ``spread`` is (largest - smallest) / median,
-``vs_bf16`` the median of the rounds' ratios, ``vs_bf16_min`` the ratio of the smallest times. ``peak_extra_bytes`` is what
-PyTorch allocated at most during a prefill beyond what the idle engine holds.
+each in its process, and take turns: every round asks each of them once, another one first each time, so that clocks
+and temperature are the same for all. ``ttft_s`` is the median over the rounds, ``spread`` is (largest - smallest) / median,
+``vs_bf16`` the median of the rounds' ratios, ``vs_bf16_min`` the ratio of the smallest times. ``peak_extra_bytes`` is
+what PyTorch allocated at most during a prefill beyond what the idle engine holds.
 
   scripts/bench_prefill.py
   scripts/bench_prefill.py --layers 8 --cases chunked --policies none,fp8_per_token_head

@@ -1,9 +1,9 @@
 """A Llama of Llama-3.1-8B's shape with random weights: the model of the engine benchmarks, written in seconds.
 
-LMDeploy has no dummy weights for this: ``empty_init`` needs Ray and leaves an engine without a KV cache that sleeps until
-weights are pushed. So a checkpoint is written that its ordinary loader reads, at any tensor parallelism: a PyTorch file,
-because that format keeps tensors which share storage. All layers are the same random layer, 2.5 GB on disk instead of
-16 GB; on the GPU every layer has weights of its own, as of any checkpoint.
+LMDeploy has no dummy weights for this: ``empty_init`` needs Ray and leaves an engine without a KV cache, asleep until
+weights are pushed. So a checkpoint is written that its ordinary loader reads, at any tensor parallelism: a PyTorch
+file, because that format keeps tensors which share storage. All layers are the same random layer, 2.5 GB on disk
+instead of 16 GB; on the GPU every layer has weights of its own, as of any checkpoint.
 """
 from __future__ import annotations
 

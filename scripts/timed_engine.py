@@ -1,20 +1,20 @@
-"""A real LMDeploy engine in a process of its own, asked for timed rounds of requests: bench_engine.py, bench_prefill.py.
+"""A real LMDeploy engine in a process of its own, asked for timed rounds of requests by bench_engine and bench_prefill.
 
-The process imports LMDeploy, waits for an engine's specification on its standard input, then for rounds, one JSON object
-a line, and answers each with one line. So several engines can wait, warm, while one of them is measured. Requests are
-token ids given to the engine's own instances (``EngineInstance.async_stream_infer``, what LMDeploy's pipeline and server
-call); no text is made of the answers, so the tokenizer's vocabulary does not matter.
+The process imports LMDeploy, waits for an engine's specification on its standard input, then for rounds, one JSON
+object a line, and answers each with one line. So several engines can wait, warm, while one of them is measured.
+Requests are token ids given to the engine's own instances (``EngineInstance.async_stream_infer``, what LMDeploy's
+pipeline and server call); no text is made of the answers, so the tokenizer's vocabulary does not matter.
 
 What is measured, and where:
 
 * A step's time comes from the time stamps that the engine's model agent puts on every forward's tokens when they have
   reached the host (``BatchedOutputs.new_token_timestamp``), collected where the engine loop awaits them,
-  ``executor.get_output_async``. That is one list append per step, works alike in one process, mp and Ray, and sees every
-  step, while clients may receive two tokens at once. A step counts if every request of the round got a token in it.
-  The agent looks for results every millisecond, so single steps are quantized; ``step_ms`` is the median over windows of
-  16 steps, in which that is 0.06 ms.
-* ``forward_ms`` is the GPU's time between two CUDA events around the model's forward of those steps (one GPU only): the
-  decoder layers without logits and sampling. Much less than ``step_ms`` means that something else holds the step.
+  ``executor.get_output_async``. That is one list append per step, works alike in one process, mp and Ray, and sees
+  every step, while clients may receive two tokens at once. A step counts if every request of the round got a token in
+  it. The agent looks for results every millisecond, so single steps are quantized; ``step_ms`` is the median over
+  windows of 16 steps, in which that is 0.06 ms.
+* ``forward_ms`` is the GPU's time between two CUDA events around the model's forward of those steps (one GPU only):
+  the decoder layers without logits and sampling. Much less than ``step_ms`` means that something else holds the step.
 * A time to first token is what a client waits: from the submission of the round to the first token it receives.
 * ``peak_extra_bytes`` is what PyTorch allocated in the engine's process at most during the round, beyond what was
   allocated before it (one GPU only: LMDeploy's executor for one GPU runs in the engine's process).
