@@ -296,7 +296,7 @@ def print_verdicts(rows: list[dict]) -> None:
     """Which targets are met."""
     from lmdeploy_kvq.formats import find_format
     print_table(verdicts(rows, lambda policy: getattr(find_format(policy), 'name', None)),
-                ('target', 'met', 'rows', 'missed', 'worst', 'limit', 'worst_row'))
+                ('point', 'target', 'met', 'rows', 'missed', 'worst', 'limit', 'worst_row'))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 from benchlib import add_vs_bf16, print_table, write_results
-from random_llama import TOKENIZER, find_or_write
+from random_llama import find_or_write
 from timed_engine import EngineError, TimedEngine, decode_phase
 
 LOADS = ('64x8192', '256x2048')
@@ -76,13 +76,12 @@ def main() -> None:
     parser.add_argument('--executor', choices=('ray', 'mp'), help='for --tp; default: what LMDeploy chooses (Ray)')
     parser.add_argument('--limit', type=float, default=150, help='seconds per policy (default 150)')
     parser.add_argument('--model', help='folder of the model, written if missing (default: in ~/models)')
-    parser.add_argument('--tokenizer', default=TOKENIZER)
     parser.add_argument('--name', default='engine', help='result file name')
     parser.add_argument('--out', type=Path, help='folder of the result file')
     args = parser.parse_args()
     engines = [TimedEngine(policy, args.limit) for policy in args.policies]  # all import LMDeploy while the first runs
     try:
-        model = find_or_write(args.layers, args.model, args.tokenizer)
+        model = find_or_write(args.layers, args.model)
         rows: list[dict] = []
         for engine in engines:
             with engine:

@@ -8,9 +8,9 @@ Cases, of --length tokens each:
 
 The model has Llama-3.1-8B's shape and random weights. All policies of a case are resident on one GPU at the same time,
 each in its process, and take turns: every round asks each of them once, another one first each time, so that clocks
-and temperature are the same for all. ``ttft_s`` is the median over the rounds, ``spread`` is (largest - smallest) / median,
-``vs_bf16`` the median of the rounds' ratios, ``vs_bf16_min`` the ratio of the smallest times. ``peak_extra_bytes`` is
-what PyTorch allocated at most during a prefill beyond what the idle engine holds.
+and temperature are the same for all. ``ttft_s`` is the median over the rounds, ``spread`` their (largest - smallest) /
+median, ``vs_bf16`` the median of the rounds' ratios, ``vs_bf16_min`` the ratio of the smallest times, and
+``peak_extra_bytes`` what PyTorch allocated at most during a prefill beyond what the idle engine holds.
 
   scripts/bench_prefill.py
   scripts/bench_prefill.py --layers 8 --cases chunked --policies none,fp8_per_token_head
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchlib import print_table, write_results
-from random_llama import TOKENIZER, find_or_write
+from random_llama import find_or_write
 from timed_engine import EngineError, TimedEngine
 
 CASES = ('whole', 'prefix', 'chunked')
@@ -117,13 +117,12 @@ def main() -> None:
     parser.add_argument('--layers', type=int, default=32)
     parser.add_argument('--limit', type=float, default=200, help='seconds for the engines of a case (default 200)')
     parser.add_argument('--model', help='folder of the model, written if missing (default: in ~/models)')
-    parser.add_argument('--tokenizer', default=TOKENIZER)
     parser.add_argument('--out', type=Path, help='folder of the result file')
     args = parser.parse_args()
     unknown = set(args.cases) - set(CASES)
     if unknown:
         parser.error(f'unknown cases {sorted(unknown)}; known are {", ".join(CASES)}')
-    model = find_or_write(args.layers, args.model, args.tokenizer)
+    model = find_or_write(args.layers, args.model)
     rows: list[dict] = []
     whole = [case for case in args.cases if case != 'chunked']
     if whole:

@@ -97,14 +97,15 @@ def _query_len(rows: Sequence[dict]) -> Iterator[Bound]:
             if row['query_len'] == 4 and row['load'] == SPEED_LOAD and _key(row) in one)
 
 
-TARGETS: tuple[tuple[str, bool, Callable[[Sequence[dict]], Iterable[Bound]]], ...] = (  # name, at least or at most
-    ('1  share of read', True, _bandwidth),
-    ('1  time against bf16, 64x4096', False, _speed),
-    ('2  no load slower than bf16', False, _no_cliff),
-    ('2  beyond 128 MB against bf16', False, _large_payload),
-    ('2  cost per token, one sequence', False, _flat(ONE)),
-    ('2  cost per token, 1M tokens', False, _flat(CONSTANT)),
-    ('3  query length 4 against 1', False, _query_len),
+# point of the issue, name, at least (or at most), rows
+TARGETS: tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterable[Bound]]], ...] = (
+    (1, 'share of read', True, _bandwidth),
+    (1, 'time against bf16, 64x4096', False, _speed),
+    (2, 'no load slower than bf16', False, _no_cliff),
+    (2, 'beyond 128 MB against bf16', False, _large_payload),
+    (2, 'cost per token, one sequence', False, _flat(ONE)),
+    (2, 'cost per token, 1M tokens', False, _flat(CONSTANT)),
+    (3, 'query length 4 against 1', False, _query_len),
 )
 
 
@@ -127,15 +128,15 @@ def verdicts(rows: Sequence[dict], format_name: Callable[[int], str | None]) -> 
     ours = [{**row, 'format': format_name(row['policy'])} for row in rows if row['contender'] == 'kvq']
     ours = [row for row in ours if row['format'] in POLICIES]
     lines = []
-    for name, at_least, find in TARGETS:
+    for point, name, at_least, find in TARGETS:
         sign = -1 if at_least else 1
         bounds = list(find(ours))
         if not bounds:
-            lines.append({'target': name, 'met': 'not measured'})
+            lines.append({'point': point, 'target': name, 'met': 'not measured'})
             continue
         value, limit, row = max(bounds, key=lambda b: sign * (b[0] - b[1]))
         missed = sum(sign * b[0] > sign * b[1] for b in bounds)
-        lines.append({'target': name, 'met': 'no' if missed else 'yes', 'rows': len(bounds), 'missed': missed,
-                      'worst': value, 'limit': f'{"at least" if at_least else "at most"} {limit}',
+        lines.append({'point': point, 'target': name, 'met': 'no' if missed else 'yes', 'rows': len(bounds),
+                      'missed': missed, 'worst': value, 'limit': f'{"at least" if at_least else "at most"} {limit}',
                       'worst_row': f'{row["format"]} {row["shape"]} {row["load"]} page {row["page"]}'})
     return lines

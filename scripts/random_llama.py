@@ -11,32 +11,33 @@ import os
 import tempfile
 from pathlib import Path
 
+import smollm2
 import torch
 
 LLAMA_8B = {'vocab_size': 128256, 'hidden_size': 4096, 'intermediate_size': 14336, 'num_attention_heads': 32,
             'num_key_value_heads': 8, 'head_dim': 128, 'max_position_embeddings': 131072, 'rms_norm_eps': 1e-5,
             'rope_theta': 500000.0}
-TOKENIZER = '~/models/smollm2'
 
 
-def find_or_write(layers: int = 32, folder: str | Path | None = None, tokenizer_from: str = TOKENIZER) -> Path:
+def find_or_write(layers: int = 32, folder: str | Path | None = None) -> Path:
     """The folder of the model, written unless it is there already (complete or not there at all).
 
     Args:
         layers: decoder layers. folder: default ~/models/random-llama-8b-LAYERS.
-        tokenizer_from: whose tokenizer it gets; LMDeploy wants one, and benchmarks that pass token ids never use it.
+
+    LMDeploy wants a tokenizer: SmolLM2's. Benchmarks that pass token ids never use it.
     """
     folder = Path(folder or f'~/models/random-llama-8b-{layers}').expanduser()
     if (folder / 'config.json').exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-        write(Path(unfinished, 'model'), layers, LLAMA_8B, os.path.expanduser(tokenizer_from))
+        write(Path(unfinished, 'model'), layers, LLAMA_8B, smollm2.find_or_convert())
         os.replace(Path(unfinished, 'model'), folder)
     return folder
 
 
-def write(folder: Path, layers: int, shape: dict, tokenizer_from: str, seed: int = 0) -> None:
+def write(folder: Path, layers: int, shape: dict, tokenizer_from: Path, seed: int = 0) -> None:
     """Write config, tokenizer and weights: N(0, 0.02) in bf16, norms 1, from the GPU's generator where there is one."""
     from transformers import AutoTokenizer, LlamaConfig
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
