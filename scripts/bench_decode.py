@@ -2,7 +2,7 @@
 """Decode attention: ours against LMDeploy's own kernels (and FlashInfer where installed), CUDA-graph replays.
 
 Writes benchmarks/results/decode.json. A shape is QUERY_HEADSxKV_HEADSxHEAD_DIM, a load SEQUENCESxTOKENS, or
-``ragged:SEQUENCES`` (lengths log-uniform from 16 to 32768). A preset is a list of them from scripts/decode_targets.py,
+``ragged:SEQUENCES`` (lengths log-uniform from 16 to 32768). A preset is a list of them from scripts/targets.py,
 which also knows the targets; the last table says which are met. Every contender has one pool of pages per shape and
 page size, large enough for all loads; a timed loop walks through more of it than the caches hold. Other processes
 compile the kernels first, several at a time.
@@ -34,7 +34,7 @@ from benchlib import (
     rotations,
     write_results,
 )
-from decode_targets import POLICIES, PRESETS, Preset, verdicts
+from targets import POLICIES, PRESETS, VERDICT, Preset, verdicts
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.decode import decode, default_config
@@ -292,13 +292,6 @@ def earlier_rows(path: Path, rows: list[dict]) -> list[dict]:
     return [row for row in data['rows'] if tuple(row[k] for k in KEY) not in measured]
 
 
-def print_verdicts(rows: list[dict]) -> None:
-    """Which targets are met."""
-    from lmdeploy_kvq.formats import find_format
-    print_table(verdicts(rows, lambda policy: getattr(find_format(policy), 'name', None)),
-                ('point', 'target', 'met', 'rows', 'missed', 'worst', 'limit', 'worst_row'))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, kind in (('shapes', str), ('loads', str), ('pages', int), ('query-lens', int), ('contenders', str)):
@@ -330,7 +323,7 @@ def main() -> None:
     if args.append:
         rows += earlier_rows((args.out or RESULTS) / f'{args.name}.json', rows)
     print_table(rows, COLUMNS)
-    print_verdicts(rows)
+    print_table(verdicts('decode', rows), VERDICT)
     print(write_results(args.name, rows, args.out))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchlib import add_vs_bf16, print_table, write_results
 from random_llama import find_or_write
+from targets import VERDICT, verdicts
 from timed_engine import EngineError, TimedEngine, decode_phase
 
 LOADS = ('64x8192', '256x2048')
@@ -91,6 +92,7 @@ def main() -> None:
             engine.close()
     add_vs_bf16(rows, 'step_ms', ('load', 'tp', 'layers'))
     print_table(rows, COLUMNS)
+    print_table(verdicts('engine', rows), VERDICT)
     print(write_results(args.name, rows, args.out))
 
 

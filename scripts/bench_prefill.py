@@ -25,6 +25,7 @@ from pathlib import Path
 
 from benchlib import print_table, write_results
 from random_llama import find_or_write
+from targets import VERDICT, verdicts
 from timed_engine import EngineError, TimedEngine
 
 CASES = ('whole', 'prefix', 'chunked')
@@ -131,6 +132,7 @@ def main() -> None:
     if 'chunked' in args.cases:
         rows += measure(['chunked'], {'max_prefill_token_num': args.chunk}, model, args)
     print_table(rows, COLUMNS)
+    print_table(verdicts('prefill', rows), VERDICT)
     print(write_results('prefill', rows, args.out))
 
 

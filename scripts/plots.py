@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
-from decode_targets import MAIN, SPEED_LOAD
 from labels import BF16, label
+from targets import MAIN, SPEED_LOAD
 
 from lmdeploy_kvq import FORMATS
 

@@ -12,11 +12,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from decode_targets import PRESETS, verdicts
 from labels import label
+from targets import PRESETS, TARGETS, verdicts
 
 from lmdeploy_kvq import FORMATS
-from lmdeploy_kvq.formats import find_format
 from lmdeploy_kvq.hook import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,8 +96,8 @@ def decode(preset: str = 'targets') -> str:
 
 
 def targets() -> str:
-    """Which of the decode targets the committed rows meet."""
-    lines = verdicts(results('decode'), lambda policy: getattr(find_format(policy), 'name', None))
+    """Which targets the committed rows meet."""
+    lines = [line for name in TARGETS for line in verdicts(name, results(name))]
     return table(['target', 'met', 'rows', 'missed', 'furthest off', 'bound', 'where'],
                  [[line['target'], line['met'], str(line.get('rows', '')), str(line.get('missed', '')),
                    number(line, 'worst', '.3f'), line.get('limit', ''), line.get('worst_row', '')] for line in lines])

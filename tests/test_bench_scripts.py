@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import lmdeploy_kvq as kvq
-from lmdeploy_kvq.formats import find_format
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT / 'scripts'))
 import bench_decode  # noqa: E402
 import bench_prefill  # noqa: E402
 import benchlib  # noqa: E402
-import decode_targets  # noqa: E402
+import targets  # noqa: E402
 import timed_engine  # noqa: E402
 
 SHAPE = '32x8x128'
@@ -29,7 +28,7 @@ def rows_of(presets: dict, factor: float = 0.55, read_fraction: float = 0.95) ->
     """Rows in which everything costs a fixed time per query head and token, and our formats ``factor`` of bf16's."""
     rows = []
     contenders = [('lmdeploy', 0, 1.0), *(('kvq', kvq.get_format(name).policy, factor)
-                                          for name in decode_targets.POLICIES)]
+                                          for name in targets.POLICIES)]
     for (shape, page), launches in bench_decode.combos(presets).items():
         for (load, query_len), preset in launches.items():
             for contender, policy, share in contenders:
@@ -43,8 +42,7 @@ def rows_of(presets: dict, factor: float = 0.55, read_fraction: float = 0.95) ->
 
 def verdicts(rows: list[dict]) -> dict[str, dict]:
     """By name of the target."""
-    found = decode_targets.verdicts(rows, lambda policy: getattr(find_format(policy), 'name', None))
-    return {line['target']: line for line in found}
+    return {line['target']: line for line in targets.verdicts('decode', rows)}
 
 
 @pytest.mark.parametrize('page', [64, 128])
@@ -68,17 +66,17 @@ def test_small_loads_leave_the_cache():
 
 def test_presets_measure_each_combination_once():
     """A load that two presets want appears once; ``all`` holds what each of them holds."""
-    every = bench_decode.combos(decode_targets.PRESETS)
-    for name, preset in decode_targets.PRESETS.items():
+    every = bench_decode.combos(targets.PRESETS)
+    for name, preset in targets.PRESETS.items():
         for place, launches in bench_decode.combos({name: preset}).items():
             assert set(launches) <= set(every[place])
 
 
 def test_verdicts():
     """Met where every row meets its bound, else the row that is furthest off is named; gaps are no success."""
-    found = verdicts(rows_of(decode_targets.PRESETS))
+    found = verdicts(rows_of(targets.PRESETS))
     assert {line['met'] for line in found.values()} == {'yes'}
-    rows = rows_of(decode_targets.PRESETS)
+    rows = rows_of(targets.PRESETS)
     bad = next(row for row in rows if row['contender'] == 'kvq' and row['load'] == '8x512')
     bad['vs_bf16'] = 1.2
     low = [row for row in rows if row['shape'] == '16x2x128' and row['load'] == '64x4096']
@@ -92,9 +90,18 @@ def test_verdicts():
     assert {line['met'] for line in verdicts([]).values()} == {'not measured'}
 
 
+def test_other_benchmarks_have_verdicts():
+    """The committed fill rows are judged; a row with an error is none."""
+    rows = json.loads((ROOT / 'benchmarks' / 'results' / 'fill.json').read_text())['rows']
+    assert {line['met'] for line in targets.verdicts('fill', rows)} <= {'yes', 'no'}
+    row = {'contender': 'kvq', 'policy': 116, 'load': '64x8192', 'tp': 1}
+    step, tokens = targets.verdicts('engine', [{**row, 'vs_bf16': 0.69}, {**row, 'vs_bf16': None, 'error': 'x'}])
+    assert (step['met'], step['rows'], tokens['met']) == ('yes', 1, 'not measured')
+
+
 def test_rows_of_another_build_are_not_kept(tmp_path):
     """--append joins only what one build measured on one GPU."""
-    rows = rows_of({'query-len': decode_targets.PRESETS['query-len']})
+    rows = rows_of({'query-len': targets.PRESETS['query-len']})
     path = benchlib.write_results('decode', rows, tmp_path)
     assert bench_decode.earlier_rows(path, rows) == []
     assert bench_decode.earlier_rows(path, rows[2:]) == rows[:2]
@@ -170,7 +177,7 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
 def test_figures_depend_on_the_results_alone(tmp_path, monkeypatch, capsys):
     """Twice the same files, without a date; what has no rows is named and left out."""
     import plots
-    benchlib.write_results('decode', rows_of(decode_targets.PRESETS), tmp_path)
+    benchlib.write_results('decode', rows_of(targets.PRESETS), tmp_path)
     monkeypatch.setattr(sys, 'argv', ['plots.py', '--results', str(tmp_path), '--out', str(tmp_path / 'a')])
     plots.main()
     assert 'engine: not drawn: engine.json is not there' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What the decode benchmark measures, as presets, and whether its rows meet the targets. Standard library only.
+"""The speed targets: what the decode benchmark measures for them, as presets, and whether rows meet them.
 
 The presets' contenders are LMDeploy's bf16 kernel and the formats of :data:`POLICIES`. A target finds its rows, and for
 each the measured value and the bound.
@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from lmdeploy_kvq.formats import find_format
 
 POLICIES = ('fp8_per_token_head', 'int8_per_token_head', 'fp8')
 MAIN = ('32x8x128', '64x8x128', '28x4x128', '16x2x128')
@@ -20,6 +22,7 @@ LADDER = ('1x128', '1x512', '1x2048', '1x8192', '1x32768', '8x128', '8x512', '8x
           '32x2048', '64x128', '64x512', '64x2048', '256x128', '256x512')
 RAGGED = tuple(f'ragged:{batch}' for batch in (1, 4, 16, 64, 256))
 QUERY_LENS = (1, 2, 4, 8)
+VERDICT = ('point', 'target', 'met', 'rows', 'missed', 'worst', 'limit', 'worst_row')  # columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +100,38 @@ def _query_len(rows: Sequence[dict]) -> Iterator[Bound]:
             if row['query_len'] == 4 and row['load'] == SPEED_LOAD and _key(row) in one)
 
 
-# point of the issue, name, at least (or at most), rows
-TARGETS: tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterable[Bound]]], ...] = (
-    (1, 'share of read', True, _bandwidth),
-    (1, 'time against bf16, 64x4096', False, _speed),
-    (2, 'no load slower than bf16', False, _no_cliff),
-    (2, 'beyond 128 MB against bf16', False, _large_payload),
-    (2, 'cost per token, one sequence', False, _flat(ONE)),
-    (2, 'cost per token, 1M tokens', False, _flat(CONSTANT)),
-    (3, 'query length 4 against 1', False, _query_len),
-)
+def _simple(measure: str, limit: float, **where: object) -> Callable[[Sequence[dict]], Iterator[Bound]]:
+    """Rows whose fields are as given (a set: one of them), each with the same bound."""
+    def bounds(rows: Sequence[dict]) -> Iterator[Bound]:
+        return ((row[measure], limit, row) for row in rows if row.get(measure) is not None
+                and all(row[key] in want if isinstance(want, set) else row[key] == want for key, want in where.items()))
+    return bounds
+
+
+# per benchmark: point of the issue, name, at least (or at most), rows
+TARGETS: dict[str, tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterable[Bound]]], ...]] = {
+    'decode': (
+        (1, 'share of read', True, _bandwidth),
+        (1, 'time against bf16, 64x4096', False, _speed),
+        (2, 'no load slower than bf16', False, _no_cliff),
+        (2, 'beyond 128 MB against bf16', False, _large_payload),
+        (2, 'cost per token, one sequence', False, _flat(ONE)),
+        (2, 'cost per token, 1M tokens', False, _flat(CONSTANT)),
+        (3, 'query length 4 against 1', False, _query_len),
+    ),
+    'fill': (
+        (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load={'decode:64', 'decode:256'})),
+        (4, '8,192 prompt tokens, share of copy', True, _simple('copy_fraction', 0.6, load='prefill:8192')),
+    ),
+    'prefill': (
+        (5, 'TTFT without history against bf16', False, _simple('vs_bf16', 1.02, case='whole')),
+        (5, 'TTFT with history against bf16', False, _simple('vs_bf16', 1.10, case={'prefix', 'chunked'})),
+    ),
+    'engine': (
+        (6, 'decode step against bf16', False, _simple('vs_bf16', 0.70, load='64x8192')),
+        (6, 'time per output token against bf16', False, _simple('vs_bf16', 0.70, load='256x2048')),
+    ),
+}
 
 
 def _key(row: dict) -> tuple:
@@ -119,16 +144,16 @@ def _groups(rows: Sequence[dict], keys: Sequence[str]) -> Iterator[tuple[tuple, 
     return ((key, list(group)) for key, group in itertools.groupby(sorted(rows, key=of), of))
 
 
-def verdicts(rows: Sequence[dict], format_name: Callable[[int], str | None]) -> list[dict]:
+def verdicts(benchmark: str, rows: Sequence[dict]) -> list[dict]:
     """One line per target: whether every row meets it, how many do not, and the row that is furthest off.
 
     Args:
-        rows: of decode.json. format_name: name of a policy's format; only :data:`POLICIES` are held to the targets.
+        benchmark: whose rows they are, a key of :data:`TARGETS`. Of the rows, :data:`POLICIES` are held to the targets.
     """
-    ours = [{**row, 'format': format_name(row['policy'])} for row in rows if row['contender'] == 'kvq']
+    ours = [{**row, 'format': find_format(row['policy']).name} for row in rows if row['contender'] == 'kvq']
     ours = [row for row in ours if row['format'] in POLICIES]
     lines = []
-    for point, name, at_least, find in TARGETS:
+    for point, name, at_least, find in TARGETS[benchmark]:
         sign = -1 if at_least else 1
         bounds = list(find(ours))
         if not bounds:
@@ -136,7 +161,9 @@ def verdicts(rows: Sequence[dict], format_name: Callable[[int], str | None]) -> 
             continue
         value, limit, row = max(bounds, key=lambda b: sign * (b[0] - b[1]))
         missed = sum(sign * b[0] > sign * b[1] for b in bounds)
+        where = ('format', 'shape', 'load', 'case', 'page', 'tp')
         lines.append({'point': point, 'target': name, 'met': 'no' if missed else 'yes', 'rows': len(bounds),
                       'missed': missed, 'worst': value, 'limit': f'{"at least" if at_least else "at most"} {limit}',
-                      'worst_row': f'{row["format"]} {row["shape"]} {row["load"]} page {row["page"]}'})
+                      'worst_row': ', '.join(f'{key} {row[key]}' if key in ('page', 'tp') else row[key]
+                                             for key in where if key in row)})
     return lines
