@@ -34,21 +34,20 @@ from benchlib import (
     rotations,
     write_results,
 )
-from targets import POLICIES, PRESETS, VERDICT, Preset, verdicts
+from targets import EVERY, PRESETS, VERDICT, Preset, verdicts
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.decode import decode, default_config
 
 SHAPES = ('32x8x128', '64x8x128', '28x4x128', '16x2x128', '9x3x64', '32x8x64', '16x4x256')
 LOADS = ('64x4096', '256x1024', '16x8192', '1x131072', '1x128', '1x4096', '8x512', '64x128', 'ragged:64')
-CONTENDERS = ('lmdeploy:0', 'lmdeploy:16', 'lmdeploy:8', 'lmdeploy:4', 'kvq:fp8_per_token_head',
-              'kvq:int8_per_token_head', 'kvq:fp8')
 COLUMNS = ('contender', 'policy', 'shape', 'load', 'page', 'query_len', 'us', 'read_fraction', 'vs_bf16',
            'relative_error')
 KEY = ('contender', 'policy', 'shape', 'load', 'page', 'query_len')
 CHECKED_TOKENS = 150_000  # of at most four sequences; the reference works in float64
 
-Combos = dict[tuple[str, int], dict[tuple[str, int], str]]  # {(shape, page): {(load, query length): preset}}
+Launches = dict[tuple[str, int], str]  # {(load, query length): preset}
+Combos = dict[tuple[str, int], dict[str, Launches]]  # {(shape, page): {contender: ...}}
 
 
 @dataclasses.dataclass
@@ -177,6 +176,7 @@ class FlashInfer:
         self.bytes_per_token = 2 * kv_heads * dim * self.dtype.itemsize
         self.page, self.kv_heads, self.wrappers = page, kv_heads, {}
         self.flashinfer = flashinfer
+        self.workspace = torch.empty(256 << 20, dtype=torch.uint8, device='cuda')  # one call runs at a time
 
     def __call__(self, query, table, lens, query_len):
         wrapper = self.wrappers.get(table.data_ptr())
@@ -185,7 +185,7 @@ class FlashInfer:
             indptr = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
             indices = torch.cat([row[:n] for row, n in zip(table, pages.tolist())])
             wrapper = self.flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                torch.empty(256 << 20, dtype=torch.uint8, device='cuda'), 'NHD', use_tensor_cores=True)
+                self.workspace, 'NHD', use_tensor_cores=True)
             wrapper.plan(indptr, indices, (lens - 1) % self.page + 1, query.size(1), self.kv_heads, query.size(2),
                          self.page, q_data_type=query.dtype, kv_data_type=self.dtype)
             self.wrappers[table.data_ptr()] = wrapper
@@ -202,9 +202,9 @@ def combos(presets: dict[str, Preset]) -> Combos:
     """Everything to measure, each once, under the first preset that asks for it."""
     found: Combos = {}
     for name, preset in presets.items():
-        for shape, page, load, query_len in itertools.product(preset.shapes, preset.pages, preset.loads,
-                                                              preset.query_lens):
-            found.setdefault((shape, page), {}).setdefault((load, query_len), name)
+        for shape, page, contender, load, query_len in itertools.product(
+                preset.shapes, preset.pages, preset.contenders, preset.loads, preset.query_lens):
+            found.setdefault((shape, page), {}).setdefault(contender, {}).setdefault((load, query_len), name)
     return found
 
 
@@ -224,13 +224,13 @@ def compile_kernels(name: str, shape: str, page: int, launches: list[tuple[str, 
     torch.cuda.synchronize()
 
 
-def compile_all(todo: Combos, contenders: tuple[str, ...], jobs: int) -> None:
+def compile_all(todo: Combos, jobs: int) -> None:
     """:func:`compile_kernels` of everything, in ``jobs`` processes. What fails here fails again, and is told, later."""
     start = time.monotonic()
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         tasks: list[Future] = [pool.submit(compile_kernels, name, shape, page, list(launches))
-                               for (shape, page), launches in todo.items() for name in contenders
+                               for (shape, page), contenders in todo.items() for name, launches in contenders.items()
                                if not name.startswith('flashinfer')]
         failed = [task.exception() for task in tasks if task.exception()]
     print(f'{len(tasks)} sets of kernels compiled in {time.monotonic() - start:.0f} s by {jobs} processes'
@@ -245,13 +245,14 @@ def measure(contender, load: Load, query: torch.Tensor, query_len: int) -> float
                     copies=max(4, len(load.tables)))
 
 
-def run(todo: Combos, contenders: tuple[str, ...], config: dict | None = None, check: bool = True) -> list[dict]:
+def run(todo: Combos, config: dict | None = None, check: bool = True) -> list[dict]:
     """Measure every combination; one row each."""
     rows = []
-    for (shape, page), launches in todo.items():
+    for (shape, page), contenders in todo.items():
         heads, kv_heads, dim = map(int, shape.split('x'))
-        loads = Load.build_all(list(dict.fromkeys(spec for spec, _ in launches)), page, 2 * kv_heads * dim)
-        for name in contenders:
+        specs = dict.fromkeys(spec for launches in contenders.values() for spec, _ in launches)
+        loads = Load.build_all(list(specs), page, 2 * kv_heads * dim)
+        for name, launches in contenders.items():
             kind, _, policy = name.partition(':')
             contender = KINDS[kind](policy, next(iter(loads.values())), page, kv_heads, dim, config or {})
             for (spec, query_len), preset in launches.items():
@@ -311,15 +312,13 @@ def main() -> None:
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)
                  if getattr(args, field.name)}
         presets = {name: dataclasses.replace(PRESETS[name], **given) for name in names}
-        contenders = args.contenders or ('lmdeploy:0', *(f'kvq:{name}' for name in POLICIES))
     else:
         presets = {'table': Preset(args.shapes or SHAPES, args.loads or LOADS, args.pages or (64, 128),
-                                   args.query_lens or (1, ))}
-        contenders = args.contenders or CONTENDERS
+                                   args.query_lens or (1, ), args.contenders or EVERY)}
     todo = combos(presets)
     if args.jobs:
-        compile_all(todo, contenders, args.jobs)
-    rows = run(todo, contenders)
+        compile_all(todo, args.jobs)
+    rows = run(todo)
     if args.append:
         rows += earlier_rows((args.out or RESULTS) / f'{args.name}.json', rows)
     print_table(rows, COLUMNS)

@@ -72,8 +72,8 @@ def number(row: dict, key: str, form: str) -> str:
 
 
 def decode(preset: str = 'targets') -> str:
-    """The committed decode measurements of a preset, a column per policy."""
-    rows = [row for row in results('decode') if row.get('preset', 'targets') == preset]
+    """The committed decode measurements of a preset, whichever preset measured them; a column per policy."""
+    rows = [row for row in results('decode') if PRESETS[preset].holds(row)]
     if not rows:
         return NOT_MEASURED
     columns = list(dict.fromkeys((row['contender'], row['policy']) for row in rows))

@@ -1,7 +1,7 @@
 """The speed targets: what the decode benchmark measures for them, as presets, and whether rows meet them.
 
-The presets' contenders are LMDeploy's bf16 kernel and the formats of :data:`POLICIES`. A target finds its rows, and for
-each the measured value and the bound.
+The contenders of most presets are LMDeploy's bf16 kernel and the formats of :data:`POLICIES`. A target finds its rows,
+and for each the measured value and the bound.
 """
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from lmdeploy_kvq.formats import find_format
+from lmdeploy_kvq.formats import FORMATS, find_format
 
 POLICIES = ('fp8_per_token_head', 'int8_per_token_head', 'fp8')
 MAIN = ('32x8x128', '64x8x128', '28x4x128', '16x2x128')
@@ -25,6 +25,10 @@ QUERY_LENS = (1, 2, 4, 8)
 VERDICT = ('point', 'target', 'met', 'rows', 'missed', 'worst', 'limit', 'worst_row')  # columns
 
 
+CONTENDERS = ('lmdeploy:0', *(f'kvq:{name}' for name in POLICIES))
+EVERY = ('lmdeploy:0', 'lmdeploy:16', 'lmdeploy:8', 'lmdeploy:4', *(f'kvq:{fmt.name}' for fmt in FORMATS))
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """What to measure: every combination."""
@@ -32,6 +36,13 @@ class Preset:
     loads: Sequence[str]
     pages: Sequence[int] = (64, )
     query_lens: Sequence[int] = (1, )
+    contenders: Sequence[str] = CONTENDERS
+
+    def holds(self, row: dict) -> bool:
+        """Whether a row of decode.json is one of its measurements."""
+        policy = find_format(row['policy']).name if row['contender'] == 'kvq' else row['policy']
+        return all((row['shape'] in self.shapes, row['load'] in self.loads, row['page'] in self.pages,
+                    row['query_len'] in self.query_lens, f'{row["contender"]}:{policy}' in self.contenders))
 
 
 PRESETS = {
@@ -39,6 +50,7 @@ PRESETS = {
     'cliff': Preset(('32x8x128', '16x2x128'), (*LADDER, *RAGGED)),
     'flat': Preset(('32x8x128', ), (*ONE, *CONSTANT)),
     'query-len': Preset(('32x8x128', '28x4x128'), (SPEED_LOAD, ), (64, ), QUERY_LENS),
+    'formats': Preset((MAIN[0], ), (SPEED_LOAD, ), contenders=EVERY),
 }
 
 Bound = tuple[float, float, dict]  # value, limit, row
@@ -62,11 +74,8 @@ def read_limit(shape: str, load: str) -> float:
 
 
 def _bandwidth(rows: Sequence[dict]) -> Iterator[Bound]:
-    preset = PRESETS['targets']
-    for row in rows:
-        if row['shape'] in preset.shapes and row['load'] in preset.loads and row['page'] in preset.pages \
-                and row['query_len'] == 1:
-            yield row['read_fraction'], read_limit(row['shape'], row['load']), row
+    return ((row['read_fraction'], read_limit(row['shape'], row['load']), row) for row in rows
+            if PRESETS['targets'].holds(row))
 
 
 def _speed(rows: Sequence[dict]) -> Iterator[Bound]:

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import lmdeploy_kvq as kvq
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'scripts'))
 
@@ -25,15 +23,14 @@ SHAPE = '32x8x128'
 
 
 def rows_of(presets: dict, factor: float = 0.55, read_fraction: float = 0.95) -> list[dict]:
-    """Rows in which everything costs a fixed time per query head and token, and our formats ``factor`` of bf16's."""
+    """Rows in which a token costs the same everywhere, and in our formats ``factor`` of that."""
     rows = []
-    contenders = [('lmdeploy', 0, 1.0), *(('kvq', kvq.get_format(name).policy, factor)
-                                          for name in targets.POLICIES)]
-    for (shape, page), launches in bench_decode.combos(presets).items():
-        for (load, query_len), preset in launches.items():
-            for contender, policy, share in contenders:
-                us = float(bench_decode.Load.lengths(load).sum()) * share / 1e3
-                rows.append({'contender': contender, 'policy': policy, 'shape': shape, 'load': load, 'page': page,
+    for (shape, page), contenders in bench_decode.combos(presets).items():
+        for name, launches in contenders.items():
+            kind, policy = timed_engine.parse_policy(name.removeprefix('kvq:'))
+            for (load, query_len), preset in launches.items():
+                us = float(bench_decode.Load.lengths(load).sum()) * (factor if kind == 'kvq' else 1) / 1e3
+                rows.append({'contender': kind, 'policy': policy, 'shape': shape, 'load': load, 'page': page,
                              'query_len': query_len, 'preset': preset, 'us': us, 'payload_bytes': int(us * 4e6),
                              'read_us': us * read_fraction, 'read_fraction': read_fraction, 'relative_error': None})
     benchlib.add_vs_bf16(rows, 'us', ('shape', 'load', 'page', 'query_len'))
@@ -68,8 +65,11 @@ def test_presets_measure_each_combination_once():
     """A load that two presets want appears once; ``all`` holds what each of them holds."""
     every = bench_decode.combos(targets.PRESETS)
     for name, preset in targets.PRESETS.items():
-        for place, launches in bench_decode.combos({name: preset}).items():
-            assert set(launches) <= set(every[place])
+        for place, contenders in bench_decode.combos({name: preset}).items():
+            for contender, launches in contenders.items():
+                assert set(launches) <= set(every[place][contender])
+    keys = [tuple(row[k] for k in bench_decode.KEY) for row in rows_of(targets.PRESETS)]
+    assert len(keys) == len(set(keys))
 
 
 def test_verdicts():
