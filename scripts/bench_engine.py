@@ -6,7 +6,7 @@ A load is REQUESTSxTOKENS: that many requests at once, each of so many random to
 tokens each, CUDA graphs, no prefix caching. One fresh process per policy, one at a time on the GPU; how times are taken
 stands in scripts/timed_engine.py. A policy that fails or passes its time limit is a row that says why.
 
-  scripts/bench_engine.py                                       both loads, six policies, one GPU
+  scripts/bench_engine.py                                       both loads, five policies, one GPU
   scripts/bench_engine.py --tp 2 --policies none,fp8_per_token_head --loads 64x8192
   scripts/bench_engine.py --layers 8 --new-tokens 64            a quick look
 """
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument('--max-batch-size', type=int, default=256)
     parser.add_argument('--tp', type=int, default=1)
     parser.add_argument('--executor', choices=('ray', 'mp'), help='for --tp; default: what LMDeploy chooses (Ray)')
-    parser.add_argument('--limit', type=float, default=150, help='seconds per policy (default 150)')
+    parser.add_argument('--limit', type=float, default=110, help='seconds per policy (default 110)')
     parser.add_argument('--model', help='folder of the model, written if missing (default: in ~/models)')
     parser.add_argument('--name', default='engine', help='result file name')
     parser.add_argument('--out', type=Path, help='folder of the result file')
@@ -87,13 +87,14 @@ def main() -> None:
         for engine in engines:
             with engine:
                 rows += measure(engine, model, args)
+            add_vs_bf16(rows, 'step_ms', ('load', 'tp', 'layers'))
+            path = write_results(args.name, rows, args.out)  # what is there if the rest is cut off
     finally:
         for engine in engines:
             engine.close()
-    add_vs_bf16(rows, 'step_ms', ('load', 'tp', 'layers'))
     print_table(rows, COLUMNS)
     print_table(verdicts('engine', rows), VERDICT)
-    print(write_results(args.name, rows, args.out))
+    print(path)
 
 
 if __name__ == '__main__':

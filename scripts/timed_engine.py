@@ -33,9 +33,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 WINDOW = 16  # steps
+GRACE = 12  # seconds to end in good order
 _ENV = {
     'LMDEPLOY_ENABLE_CHECK_ENV': '0',  # ten seconds of imports in yet another process
     'TQDM_DISABLE': '1', 'TOKENIZERS_PARALLELISM': 'false',
@@ -118,7 +120,7 @@ class TimedEngine:
         self._closed = True
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._process.stdin.close()  # the end of its input: it closes the engine and ends
-            self._process.wait(15)
+            self._process.wait(GRACE)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -258,6 +260,22 @@ async def timed_round(engine, probe: Probe, sessions, *, requests: int, length: 
     return {'ttft_s': first, 'seconds': max(last), 'cached_tokens': cached, **probe.report(requests)}
 
 
+def commands() -> Iterator[dict]:
+    """Lines of standard input. When it ends, because the benchmark did, so does this process with all its workers."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        lines.put(None)
+        time.sleep(GRACE)  # to close the engine, unless a round hangs
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (line := lines.get()) is not None:
+        yield json.loads(line)
+
+
 def serve() -> None:
     """Answer the lines of standard input until it ends."""
     answers = os.fdopen(os.dup(1), 'w')
@@ -269,8 +287,7 @@ def serve() -> None:
         print(json.dumps(fields), file=answers, flush=True)
 
     engine = pipe = None
-    for line in sys.stdin:
-        command = json.loads(line)
+    for command in commands():
         try:
             if engine is None:
                 start = time.time()
