@@ -3,7 +3,7 @@ VENV ?= .venv
 JOBS ?= 2
 bin = $(VENV)/bin
 
-.PHONY: env lint test test-gpu demo bench clean
+.PHONY: env lint test test-gpu demo bench plots clean
 
 test: lint  ## everything that runs without a GPU, in an environment of its own
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile
@@ -24,8 +24,15 @@ demo:  ## a real server where there is a GPU, else the same model and prompt thr
 	then set -x; $(PYTHON) scripts/demo.py; \
 	else set -x; $(MAKE) --no-print-directory env && $(bin)/python scripts/demo.py; fi
 
-bench:
-	$(PYTHON) scripts/bench_decode.py
+bench:  ## every speed that README and docs state, on one GPU: about ten minutes
+	$(PYTHON) scripts/bench_decode.py --preset all
+	$(PYTHON) scripts/bench_fill.py
+	$(PYTHON) scripts/bench_prefill.py
+	$(PYTHON) scripts/bench_engine.py
+
+plots:  ## benchmarks/*.svg and the tables of README and docs, from benchmarks/results/*.json
+	$(PYTHON) scripts/plots.py
+	$(PYTHON) scripts/readme.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

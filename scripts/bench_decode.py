@@ -2,9 +2,13 @@
 """Decode attention: ours against LMDeploy's own kernels (and FlashInfer where installed), CUDA-graph replays.
 
 Writes benchmarks/results/decode.json. A shape is QUERY_HEADSxKV_HEADSxHEAD_DIM, a load SEQUENCESxTOKENS, or
-``ragged:SEQUENCES`` (lengths log-uniform from 16 to 32768).
+``ragged:SEQUENCES`` (lengths log-uniform from 16 to 32768). A preset is a list of them from scripts/targets.py,
+which also knows the targets; the last table says which are met. Every contender has one pool of pages per shape and
+page size, large enough for all loads; a timed loop walks through more of it than the caches hold. Other processes
+compile the kernels first, several at a time.
 
-  scripts/bench_decode.py                                  the full table
+  scripts/bench_decode.py --preset all                     everything the targets are about
+  scripts/bench_decode.py --preset targets,cliff           a part; --append keeps the file's other rows of this build
   scripts/bench_decode.py --shapes 32x8x128 --loads 64x4096 --contenders kvq:fp8_per_token_head,lmdeploy:0
 """
 from __future__ import annotations
@@ -12,21 +16,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import math
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from benchlib import ROTATE_BYTES, graph_us, print_table, read_us, write_results
+from benchlib import (
+    RESULTS,
+    add_vs_bf16,
+    environment,
+    graph_us,
+    print_table,
+    read_us,
+    rotations,
+    write_results,
+)
+from targets import EVERY, PRESETS, VERDICT, Preset, verdicts
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.decode import decode, default_config
 
 SHAPES = ('32x8x128', '64x8x128', '28x4x128', '16x2x128', '9x3x64', '32x8x64', '16x4x256')
 LOADS = ('64x4096', '256x1024', '16x8192', '1x131072', '1x128', '1x4096', '8x512', '64x128', 'ragged:64')
-CONTENDERS = ('lmdeploy:0', 'lmdeploy:16', 'lmdeploy:8', 'lmdeploy:4', 'kvq:fp8_per_token_head',
-              'kvq:int8_per_token_head', 'kvq:fp8')
 COLUMNS = ('contender', 'policy', 'shape', 'load', 'page', 'query_len', 'us', 'read_fraction', 'vs_bf16',
            'relative_error')
+KEY = ('contender', 'policy', 'shape', 'load', 'page', 'query_len')
+CHECKED_TOKENS = 150_000  # of at most four sequences; the reference works in float64
+
+Launches = dict[tuple[str, int], str]  # {(load, query length): preset}
+Combos = dict[tuple[str, int], dict[str, Launches]]  # {(shape, page): {contender: ...}}
 
 
 @dataclasses.dataclass
@@ -36,27 +57,40 @@ class Load:
     tables: list[torch.Tensor]
     pool_blocks: int
 
-    @classmethod
-    def build(cls, spec: str, page: int, bytes_per_token: int) -> Load:
-        generator = torch.Generator().manual_seed(1)
+    @staticmethod
+    def lengths(spec: str) -> torch.Tensor:
+        """Tokens per sequence, int64 on the CPU."""
         if spec.startswith('ragged:'):
-            exponent = torch.rand(int(spec[7:]), generator=generator) * 11 + 4
-            lens = (2**exponent).long()
-        else:
-            batch, tokens = map(int, spec.split('x'))
-            lens = torch.full((batch, ), tokens)
+            generator = torch.Generator().manual_seed(1)
+            return (2**(torch.rand(int(spec[7:]), generator=generator) * 11 + 4)).long()
+        batch, tokens = map(int, spec.split('x'))
+        return torch.full((batch, ), tokens)
+
+    @classmethod
+    def build(cls, spec: str, page: int, bytes_per_token: int, pool_blocks: int = 0, device: str = 'cuda') -> Load:
+        """Tables of random pages; the pool has ``pool_blocks`` or as many pages as the load needs."""
+        lens = cls.lengths(spec)
         blocks = (lens + page - 1) // page
         used, width = int(blocks.sum()), int(blocks.max())
-        copies = max(1, min(16, math.ceil(ROTATE_BYTES / (int(lens.sum()) * bytes_per_token))))
-        pool = used * copies + 1
-        tables = []
-        order = torch.randperm(pool - 1, generator=generator).int() + 1
-        for ids in order.split(used):
-            table = torch.zeros(len(lens), width, dtype=torch.int32)
-            for row, part in zip(table, ids.split(blocks.tolist())):
-                row[:len(part)] = part
-            tables.append(table.cuda())
-        return cls(lens.cuda().int(), tables, pool)
+        copies = rotations(int(lens.sum()) * bytes_per_token)
+        pool = max(used * copies + 1, pool_blocks)
+        order = torch.randperm(pool - 1, generator=torch.Generator().manual_seed(2)).int() + 1  # page 0 is LMDeploy's
+        tables = torch.zeros((copies, len(lens), width), dtype=torch.int32)
+        tables[(torch.arange(width) < blocks[:, None]).expand(copies, -1, -1)] = order[:used * copies]
+        return cls(lens.int().to(device), list(tables.to(device)), pool)
+
+    @classmethod
+    def build_all(cls, specs: list[str], page: int, bytes_per_token: int, device: str = 'cuda') -> dict[str, Load]:
+        """Loads that share a pool."""
+        pool = max(cls.build(spec, page, bytes_per_token, device='cpu').pool_blocks for spec in specs)
+        return {spec: cls.build(spec, page, bytes_per_token, pool, device) for spec in specs}
+
+    @classmethod
+    def small(cls, spec: str, page: int) -> Load:
+        """The same launch with every table entry 0, over a pool of 16 pages: all that compiling needs."""
+        lens = cls.lengths(spec)
+        table = torch.zeros(len(lens), (int(lens.max()) + page - 1) // page, dtype=torch.int32)
+        return cls(lens.int().cuda(), [table.cuda()], 16)
 
 
 def fill_random(write, pool_blocks: int, page: int, kv_heads: int, dim: int) -> None:
@@ -142,6 +176,7 @@ class FlashInfer:
         self.bytes_per_token = 2 * kv_heads * dim * self.dtype.itemsize
         self.page, self.kv_heads, self.wrappers = page, kv_heads, {}
         self.flashinfer = flashinfer
+        self.workspace = torch.empty(256 << 20, dtype=torch.uint8, device='cuda')  # one call runs at a time
 
     def __call__(self, query, table, lens, query_len):
         wrapper = self.wrappers.get(table.data_ptr())
@@ -150,7 +185,7 @@ class FlashInfer:
             indptr = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
             indices = torch.cat([row[:n] for row, n in zip(table, pages.tolist())])
             wrapper = self.flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                torch.empty(256 << 20, dtype=torch.uint8, device='cuda'), 'NHD', use_tensor_cores=True)
+                self.workspace, 'NHD', use_tensor_cores=True)
             wrapper.plan(indptr, indices, (lens - 1) % self.page + 1, query.size(1), self.kv_heads, query.size(2),
                          self.page, q_data_type=query.dtype, kv_data_type=self.dtype)
             self.wrappers[table.data_ptr()] = wrapper
@@ -163,53 +198,131 @@ class FlashInfer:
 KINDS = {'kvq': Ours, 'lmdeploy': LMDeploy, 'flashinfer': FlashInfer}
 
 
-def run(shapes, loads, pages, query_lens, contenders, config=None, check=True) -> list[dict]:
+def combos(presets: dict[str, Preset]) -> Combos:
+    """Everything to measure, each once, under the first preset that asks for it."""
+    found: Combos = {}
+    for name, preset in presets.items():
+        for shape, page, contender, load, query_len in itertools.product(
+                preset.shapes, preset.pages, preset.contenders, preset.loads, preset.query_lens):
+            found.setdefault((shape, page), {}).setdefault(contender, {}).setdefault((load, query_len), name)
+    return found
+
+
+def make_query(load: Load, heads: int, dim: int, query_len: int) -> torch.Tensor:
+    return torch.randn((len(load.lens) * query_len, heads, dim), dtype=torch.bfloat16, device='cuda')
+
+
+def compile_kernels(name: str, shape: str, page: int, launches: list[tuple[str, int]]) -> None:
+    """Launch once what will be measured, on a pool of a few pages, so that Triton's cache on disk has it."""
+    heads, kv_heads, dim = map(int, shape.split('x'))
+    kind, _, policy = name.partition(':')
+    contender = None
+    for spec, query_len in launches:
+        load = Load.small(spec, page)
+        contender = contender or KINDS[kind](policy, load, page, kv_heads, dim, {})
+        contender(make_query(load, heads, dim, query_len), load.tables[0], load.lens, query_len)
+    torch.cuda.synchronize()
+
+
+def compile_all(todo: Combos, jobs: int) -> None:
+    """:func:`compile_kernels` of everything, in ``jobs`` processes. What fails here fails again, and is told, later."""
+    start = time.monotonic()
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        tasks: list[Future] = [pool.submit(compile_kernels, name, shape, page, list(launches))
+                               for (shape, page), contenders in todo.items() for name, launches in contenders.items()
+                               if not name.startswith('flashinfer')]
+        failed = [task.exception() for task in tasks if task.exception()]
+    print(f'{len(tasks)} sets of kernels compiled in {time.monotonic() - start:.0f} s by {jobs} processes'
+          + (f', {len(failed)} failed, the first with {failed[0]!r}' if failed else ''), flush=True)
+
+
+def measure(contender, load: Load, query: torch.Tensor, query_len: int) -> float:
+    """Microseconds of one call."""
+    for table in load.tables:
+        contender(query, table, load.lens, query_len)
+    return graph_us(lambda i: contender(query, load.tables[i % len(load.tables)], load.lens, query_len),
+                    copies=max(4, len(load.tables)))
+
+
+def run(todo: Combos, config: dict | None = None, check: bool = True) -> list[dict]:
     """Measure every combination; one row each."""
     rows = []
-    for shape, page, spec in itertools.product(shapes, pages, loads):
+    for (shape, page), contenders in todo.items():
         heads, kv_heads, dim = map(int, shape.split('x'))
-        load = Load.build(spec, page, 2 * kv_heads * dim)
-        times: dict[int, float] = {}
-        for name in contenders:
+        specs = dict.fromkeys(spec for launches in contenders.values() for spec, _ in launches)
+        loads = Load.build_all(list(specs), page, 2 * kv_heads * dim)
+        for name, launches in contenders.items():
             kind, _, policy = name.partition(':')
-            contender = KINDS[kind](policy, load, page, kv_heads, dim, config or {})
-            payload = int(contender.bytes_per_token * int(load.lens.sum()))
-            read = read_us(payload)
-            for query_len in query_lens:
-                query = torch.randn((len(load.lens) * query_len, heads, dim), dtype=torch.bfloat16, device='cuda')
+            contender = KINDS[kind](policy, next(iter(loads.values())), page, kv_heads, dim, config or {})
+            for (spec, query_len), preset in launches.items():
+                load = loads[spec]
+                payload = int(contender.bytes_per_token * int(load.lens.sum()))
+                query = make_query(load, heads, dim, query_len)
                 try:
-                    for table in load.tables:
-                        contender(query, table, load.lens, query_len)
-                    us = graph_us(lambda i: contender(query, load.tables[i % len(load.tables)], load.lens, query_len),
-                                  copies=max(4, len(load.tables)))
+                    us = measure(contender, load, query, query_len)
                 except Exception as error:  # a peer without this feature is a gap in the table, not the end of it
                     print(f'{name} {shape} {spec} page {page} q {query_len}: {type(error).__name__}: {error}')
                     continue
-                if name == 'lmdeploy:0':
-                    times[query_len] = us
+                checked = check and int(load.lens[:4].sum()) <= CHECKED_TOKENS
                 rows.append({
                     'contender': kind, 'policy': int(contender.policy), 'shape': shape, 'load': spec, 'page': page,
-                    'query_len': query_len, 'us': us, 'payload_bytes': payload, 'read_us': read,
-                    'read_fraction': read / us, 'vs_bf16': us / times[query_len] if query_len in times else None,
-                    'relative_error': contender.error(query, load.tables[0], load.lens, query_len) if check else None,
+                    'query_len': query_len, 'preset': preset, 'us': us, 'payload_bytes': payload,
+                    'read_us': read_us(payload), 'read_fraction': read_us(payload) / us,
+                    'relative_error': contender.error(query, load.tables[0], load.lens, query_len) if checked else None,
                 })
             del contender
             torch.cuda.empty_cache()
+    add_vs_bf16(rows, 'us', ('shape', 'load', 'page', 'query_len'))
     return rows
+
+
+def earlier_rows(path: Path, rows: list[dict]) -> list[dict]:
+    """Rows of a result file that are not measured anew.
+
+    Raises:
+        SystemExit: the file is of another GPU, build or commit; such rows do not belong into one table.
+    """
+    if not path.exists():
+        return []
+    data, now = json.loads(path.read_text()), environment()
+    different = sorted(key for key in now if key != 'date' and data['environment'].get(key) != now[key])
+    if different:
+        raise SystemExit(f'{path} was measured with another {", ".join(different)}: leave out --append')
+    measured = {tuple(row[k] for k in KEY) for row in rows}
+    return [row for row in data['rows'] if tuple(row[k] for k in KEY) not in measured]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in (('shapes', SHAPES), ('loads', LOADS), ('pages', (64, 128)), ('query-lens', (1, )),
-                          ('contenders', CONTENDERS)):
-        kind = type(default[0])
-        parser.add_argument(f'--{flag}', type=lambda s, kind=kind: tuple(map(kind, s.split(','))), default=default)
+    for flag, kind in (('shapes', str), ('loads', str), ('pages', int), ('query-lens', int), ('contenders', str)):
+        parser.add_argument(f'--{flag}', type=lambda s, kind=kind: tuple(map(kind, s.split(','))))
+    parser.add_argument('--preset', help=f'{", ".join(PRESETS)}, several with commas, or all')
+    parser.add_argument('--jobs', type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)),
+                        help='processes that compile first, 0: none')
+    parser.add_argument('--append', action='store_true', help="keep the file's rows that are not measured anew")
     parser.add_argument('--name', default='decode', help='result file name')
     parser.add_argument('--out', type=Path, default=None, help='folder of the result file')
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = run(args.shapes, args.loads, args.pages, args.query_lens, args.contenders)
+    if args.preset:
+        names = list(PRESETS) if args.preset == 'all' else args.preset.split(',')
+        if unknown := set(names) - set(PRESETS):
+            parser.error(f'no preset {", ".join(sorted(unknown))}; there are {", ".join(PRESETS)}, all')
+        given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)
+                 if getattr(args, field.name)}
+        presets = {name: dataclasses.replace(PRESETS[name], **given) for name in names}
+    else:
+        presets = {'table': Preset(args.shapes or SHAPES, args.loads or LOADS, args.pages or (64, 128),
+                                   args.query_lens or (1, ), args.contenders or EVERY)}
+    todo = combos(presets)
+    if args.jobs:
+        compile_all(todo, args.jobs)
+    rows = run(todo)
+    if args.append:
+        rows += earlier_rows((args.out or RESULTS) / f'{args.name}.json', rows)
     print_table(rows, COLUMNS)
+    print_table(verdicts('decode', rows), VERDICT)
     print(write_results(args.name, rows, args.out))
 
 

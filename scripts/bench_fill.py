@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from benchlib import graph_us, print_table, write_results
+from targets import VERDICT, verdicts
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
@@ -86,6 +87,7 @@ def main() -> None:
                     us = graph_us(lambda i: fill(data[i][0], data[i][1], ours[i], layout), COPIES)
                     add('kvq', ours[0].format.policy, us, tokens * ours[0].nbytes // (blocks * page))
     print_table(rows, list(rows[0]))
+    print_table(verdicts('fill', rows), VERDICT)
     print(write_results('fill', rows, args.out, copy_gb_per_s=bandwidth / 1e3))
 
 

@@ -1,6 +1,7 @@
 """Shared by the benchmarks: timing through CUDA graphs, the read ceiling, environment, result files, tables."""
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -69,17 +70,29 @@ def _read_kernel(x_ptr, out_ptr, words, BLOCK: tl.constexpr):
         tl.store(out_ptr, total)
 
 
+@functools.lru_cache(maxsize=1)
+def _random_words(count: int) -> torch.Tensor:
+    return torch.randint(0, 1 << 30, (count, ), dtype=torch.int32, device='cuda')
+
+
+@functools.cache
 def read_us(nbytes: int) -> float:
-    """Microseconds of a pure read of ``nbytes``, rotating through more data than the caches hold."""
-    words = nbytes // 4
-    copies = max(4, min(64, ROTATE_BYTES // nbytes))
-    data = torch.randint(0, 1 << 30, (copies, words), dtype=torch.int32, device='cuda')
+    """Microseconds of a pure read of ``nbytes``, rotating through more data than the caches hold; once per size."""
+    words = -(-nbytes // 256) * 64  # every piece begins where wide loads can
+    copies = rotations(nbytes)
+    data = _random_words(max(ROTATE_BYTES // 4, 1 << (copies * words - 1).bit_length()))
     out = torch.zeros(1, dtype=torch.int32, device='cuda')
     best = float('inf')
     for block in (4096, 16384):
         grid = (triton.cdiv(words, block), )
-        best = min(best, graph_us(lambda i: _read_kernel[grid](data[i], out, words, BLOCK=block, num_warps=8), copies))
+        best = min(best, graph_us(lambda i: _read_kernel[grid](data[i % copies * words:], out, words, BLOCK=block,
+                                                               num_warps=8), max(4, copies), replays=15))
     return best
+
+
+def rotations(nbytes: int) -> int:
+    """How many pieces of ``nbytes`` a timed loop walks through: ROTATE_BYTES together, as far as 256 pieces reach."""
+    return max(1, min(256, -(-ROTATE_BYTES // max(nbytes, 1))))
 
 
 def write_results(name: str, rows: Sequence[dict], folder: Path | None = None, **extra: object) -> Path:
@@ -89,6 +102,15 @@ def write_results(name: str, rows: Sequence[dict], folder: Path | None = None, *
     path = folder / f'{name}.json'
     path.write_text(json.dumps({'environment': environment(), **extra, 'rows': list(rows)}, indent=1) + '\n')
     return path
+
+
+def add_vs_bf16(rows: Sequence[dict], measure: str, keys: Sequence[str]) -> None:
+    """Give every row ``vs_bf16``: its ``measure`` over that of LMDeploy's bf16 row of the same ``keys``, else None."""
+    base = {tuple(row[k] for k in keys): row.get(measure) for row in rows
+            if (row['contender'], row['policy']) == ('lmdeploy', 0)}
+    for row in rows:
+        bf16, own = base.get(tuple(row[k] for k in keys)), row.get(measure)
+        row['vs_bf16'] = own / bf16 if own and bf16 else None
 
 
 def print_table(rows: Sequence[dict], columns: Sequence[str]) -> None:

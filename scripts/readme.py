@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the generated parts of README.md and docs/: the format table with measured figures, and the hook table.
+"""Write the generated parts of README.md and docs/: the format table, measured figures, plots, and the hook table.
 
 A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. With --check, nothing is written and the exit
 code says whether the files are current.
@@ -9,18 +9,28 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
+
+from labels import label
+from targets import PRESETS, TARGETS, verdicts
 
 from lmdeploy_kvq import FORMATS
 from lmdeploy_kvq.hook import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, LOAD, PAGE = '32x8x128', '64x4096', 64  # LMDeploy's default page
+NOT_MEASURED = '*Not measured yet.*'
+ALT = {'decode_context': 'Decode attention against bf16 by context length',
+       'decode_bandwidth': 'Cache bytes read per second by shape',
+       'decode_batch': 'Decode attention against bf16 by batch size', 'fill': 'Time to write new tokens against bf16',
+       'engine': 'Decode step and tokens per second of an 8B model'}
 
 
 def results(name: str) -> list[dict]:
-    """Rows of a result file."""
-    return json.loads((ROOT / 'benchmarks' / 'results' / f'{name}.json').read_text())['rows']
+    """Rows of a result file, none if it is not there."""
+    path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
+    return json.loads(path.read_text())['rows'] if path.exists() else []
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -56,22 +66,81 @@ def hooks() -> str:
     return table(['target', 'why'], [[f'`{patch.name}`', patch.why] for patch in PATCHES])
 
 
-def decode() -> str:
-    """The committed decode measurements."""
-    rows = [[row['shape'], row['load'], str(row['page']), f'{row["contender"]} {row["policy"]}', f'{row["us"]:.1f}',
-             f'{row["read_fraction"]:.0%}', f'{row["vs_bf16"]:.2f}x' if row['vs_bf16'] else '']
-            for row in results('decode')]
-    return table(['shape', 'load', 'page', 'kernel and policy', 'us', '% of read', 'against bf16'], rows)
+def number(row: dict, key: str, form: str) -> str:
+    """One figure of a row, empty where it has none."""
+    return format(row[key], form) if row.get(key) is not None else ''
+
+
+def decode(preset: str = 'targets') -> str:
+    """The committed decode measurements of a preset, whichever preset measured them; a column per policy."""
+    rows = [row for row in results('decode') if PRESETS[preset].holds(row)]
+    if not rows:
+        return NOT_MEASURED
+    columns = list(dict.fromkeys((row['contender'], row['policy']) for row in rows))
+    lines: dict[tuple, dict] = {}
+    for row in rows:
+        key = row['shape'], row['load'], row['page'], row['query_len']
+        lines.setdefault(key, {})[row['contender'], row['policy']] = row
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return ''
+        speed = '' if (row['contender'], row['policy']) == ('lmdeploy', 0) else f', {number(row, "vs_bf16", ".2f")}x'
+        return f'{row["us"]:.1f} us, {row["read_fraction"]:.0%}{speed}'
+
+    queries = any(key[3] != 1 for key in lines)
+    header = ['shape', 'load', 'page', *(['query'] if queries else []), *(label(*column) for column in columns)]
+    return table(header, [[shape, load, str(page), *([str(query)] if queries else []),
+                           *(cell(found.get(column)) for column in columns)]
+                          for (shape, load, page, query), found in lines.items()])
+
+
+def targets() -> str:
+    """Which targets the committed rows meet."""
+    lines = [line for name in TARGETS for line in verdicts(name, results(name))]
+    return table(['target', 'met', 'rows', 'missed', 'furthest off', 'bound', 'where'],
+                 [[line['target'], line['met'], str(line.get('rows', '')), str(line.get('missed', '')),
+                   number(line, 'worst', '.3f'), line.get('limit', ''), line.get('worst_row', '')] for line in lines])
+
+
+def engine() -> str:
+    """The committed end-to-end measurements."""
+    rows = [[row['load'], str(row['tp']), label(row['contender'], row['policy']), number(row, 'step_ms', '.2f'),
+             f'{number(row, "vs_bf16", ".2f")}x' if row.get('vs_bf16') else row.get('error', ''),
+             *(number(row, key, form) for key, form in (('decode_tokens_per_s', '.0f'), ('ttft_s', '.2f'),
+                                                        ('num_gpu_blocks', 'd')))] for row in results('engine')]
+    return table(['requests x tokens', 'GPUs', 'cache', 'decode step, ms', 'against bf16', 'tokens/s', 'median TTFT, s',
+                  'pages that fit'], rows) if rows else NOT_MEASURED
+
+
+def prefill() -> str:
+    """The committed times to first token."""
+    rows = [[row['case'], str(row['tokens']), str(row.get('cached_tokens', '')), label(row['contender'], row['policy']),
+             number(row, 'ttft_s', '.3f'), number(row, 'spread', '.1%'),
+             f'{number(row, "vs_bf16", ".3f")}x' if row.get('vs_bf16') else row.get('error', ''),
+             number(row, 'peak_extra_gib', '.2f')] for row in results('prefill')]
+    return table(['case', 'tokens', 'from the cache', 'cache', 'TTFT, s', 'spread', 'against bf16', 'peak memory, GiB'],
+                 rows) if rows else NOT_MEASURED
+
+
+def plots(*names: str, folder: str = 'benchmarks') -> str:
+    """The figures that have been drawn; all of them if none is named."""
+    drawn = {path.stem: path for path in sorted((ROOT / 'benchmarks').glob('*.svg'))}
+    return '\n'.join(f'![{ALT.get(name, name)}]({folder}/{name}.svg)' for name in names or drawn if name in drawn) \
+        or NOT_MEASURED
 
 
 def fill() -> str:
     """The committed fill measurements."""
-    rows = [[row['shape'], row['load'], f'{row["contender"]} {row["policy"]}', f'{row["us"]:.1f}',
+    rows = [[row['shape'], row['load'], label(row['contender'], row['policy']), f'{row["us"]:.1f}',
              f'{row["copy_fraction"]:.0%}', f'{row["vs_bf16"]:.2f}x'] for row in results('fill')]
-    return table(['KV heads x size', 'load', 'kernel and policy', 'us', '% of copy', 'against bf16'], rows)
+    return table(['KV heads x size', 'load', 'kernel', 'us', '% of copy', 'against bf16'], rows)
 
 
-PARTS = {'formats': formats, 'hooks': hooks, 'decode': decode, 'fill': fill}
+PARTS = {'formats': formats, 'hooks': hooks, 'fill': fill, 'targets': targets, 'engine': engine, 'prefill': prefill,
+         'plots': partial(plots, 'engine', 'decode_context', 'decode_bandwidth'),
+         'all-plots': partial(plots, folder='../benchmarks'),
+         'decode': decode, **{f'decode-{name}': partial(decode, name) for name in PRESETS if name != 'targets'}}
 
 
 def main() -> int:

@@ -54,6 +54,20 @@ def test_exact_prompt_without_history(matrix, fmt):
     assert matrix[fmt.name, 'graph', 2]['first_tokens'] == matrix['none', 'graph', 2]['first_tokens']
 
 
+@pytest.mark.parametrize('policy', ['none', FORMATS[0].name])
+def test_timed_engine(policy):
+    """The engine that the benchmarks time: every step is seen, with its GPU time, and the prefix cache is used."""
+    from timed_engine import TimedEngine, decode_phase
+    with TimedEngine(policy, 150) as engine:
+        engine.open(MODEL, session_len=2048, max_batch_size=16, num_gpu_blocks=600, enable_prefix_caching=True,
+                    cudagraph_capture_batch_sizes=[16])
+        for _ in range(2):
+            done = engine.ask(requests=16, length=1024, new_tokens=32, seed=1, prefix=512)
+        phase = decode_phase(done['steps'], 16, 32)
+    assert phase['steps'] >= 16 and 0 < done['forward_ms'] < 1.2 * phase['step_ms'] and done['peak_extra_bytes'] > 0
+    assert all(tokens >= 512 for tokens in done['cached_tokens']) and max(done['ttft_s']) < done['seconds']
+
+
 def test_stock_server_answers():
     """``lmdeploy serve api_server MODEL --quant-policy fp8_per_token_head`` serves a chat request on our pages."""
     done = subprocess.run([SCRIPTS / 'serve_smoke.sh', MODEL, 'fp8_per_token_head'], text=True, capture_output=True,

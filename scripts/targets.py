@@ -1,0 +1,178 @@
+"""The speed targets: what the decode benchmark measures for them, as presets, and whether rows meet them.
+
+The contenders of most presets are LMDeploy's bf16 kernel and the formats of :data:`POLICIES`. A target finds its rows,
+and for each the measured value and the bound.
+"""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from lmdeploy_kvq.formats import FORMATS, find_format
+
+POLICIES = ('fp8_per_token_head', 'int8_per_token_head', 'fp8')
+MAIN = ('32x8x128', '64x8x128', '28x4x128', '16x2x128')
+SMALL, LARGE = ('9x3x64', '32x8x64'), ('16x4x256', )
+LOADS = ('64x4096', '256x1024', '16x8192', '1x131072')
+SPEED_LOAD, CLIFF_BYTES = '64x4096', 128e6
+ONE = tuple(f'1x{4096 << i}' for i in range(9))  # one sequence, 4k to 1M tokens
+CONSTANT = tuple(f'{(1 << 20) >> i}x{1 << i}' for i in range(12, 21, 2))  # 1M tokens, in ever longer sequences
+LADDER = ('1x128', '1x512', '1x2048', '1x8192', '1x32768', '8x128', '8x512', '8x2048', '8x8192', '32x128', '32x512',
+          '32x2048', '64x128', '64x512', '64x2048', '256x128', '256x512')
+RAGGED = tuple(f'ragged:{batch}' for batch in (1, 4, 16, 64, 256))
+QUERY_LENS = (1, 2, 4, 8)
+VERDICT = ('point', 'target', 'met', 'rows', 'missed', 'worst', 'limit', 'worst_row')  # columns
+
+
+CONTENDERS = ('lmdeploy:0', *(f'kvq:{name}' for name in POLICIES))
+EVERY = ('lmdeploy:0', 'lmdeploy:16', 'lmdeploy:8', 'lmdeploy:4', *(f'kvq:{fmt.name}' for fmt in FORMATS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What to measure: every combination."""
+    shapes: Sequence[str]
+    loads: Sequence[str]
+    pages: Sequence[int] = (64, )
+    query_lens: Sequence[int] = (1, )
+    contenders: Sequence[str] = CONTENDERS
+
+    def holds(self, row: dict) -> bool:
+        """Whether a row of decode.json is one of its measurements."""
+        policy = find_format(row['policy']).name if row['contender'] == 'kvq' else row['policy']
+        return all((row['shape'] in self.shapes, row['load'] in self.loads, row['page'] in self.pages,
+                    row['query_len'] in self.query_lens, f'{row["contender"]}:{policy}' in self.contenders))
+
+
+PRESETS = {
+    'targets': Preset((*MAIN, *SMALL, *LARGE), LOADS, (64, 128)),
+    'cliff': Preset(('32x8x128', '16x2x128'), (*LADDER, *RAGGED)),
+    'flat': Preset(('32x8x128', ), (*ONE, *CONSTANT)),
+    'query-len': Preset(('32x8x128', '28x4x128'), (SPEED_LOAD, ), (64, ), QUERY_LENS),
+    'formats': Preset((MAIN[0], ), (SPEED_LOAD, ), contenders=EVERY),
+}
+
+Bound = tuple[float, float, dict]  # value, limit, row
+
+
+def tokens_of(load: str) -> int | None:
+    """Cached tokens of a load, None if its lengths differ."""
+    if load.startswith('ragged'):
+        return None
+    batch, tokens = map(int, load.split('x'))
+    return batch * tokens
+
+
+def read_limit(shape: str, load: str) -> float:
+    """The share of a pure read that decode has to reach."""
+    if shape in SMALL:
+        return 0.80
+    if shape in LARGE or (shape == '16x2x128' and load in ('64x4096', '1x131072')):
+        return 0.85
+    return 0.90
+
+
+def _bandwidth(rows: Sequence[dict]) -> Iterator[Bound]:
+    return ((row['read_fraction'], read_limit(row['shape'], row['load']), row) for row in rows
+            if PRESETS['targets'].holds(row))
+
+
+def _speed(rows: Sequence[dict]) -> Iterator[Bound]:
+    return ((row['vs_bf16'], 0.56, row) for row in rows
+            if (row['load'], row['shape'], row['query_len'], row['format']) == (SPEED_LOAD, MAIN[0], 1, POLICIES[0])
+            and row['vs_bf16'])
+
+
+def _no_cliff(rows: Sequence[dict]) -> Iterator[Bound]:
+    return ((row['vs_bf16'], 1.05, row) for row in rows if row['query_len'] == 1 and row['vs_bf16'])
+
+
+def _large_payload(rows: Sequence[dict]) -> Iterator[Bound]:
+    return ((row['vs_bf16'], 0.65, row) for row in rows
+            if row['query_len'] == 1 and row['vs_bf16'] and row['payload_bytes'] > CLIFF_BYTES)
+
+
+def _flat(loads: Sequence[str]) -> Callable[[Sequence[dict]], Iterator[Bound]]:
+    def bounds(rows: Sequence[dict]) -> Iterator[Bound]:
+        rows = [row for row in rows if row['load'] in loads and row['query_len'] == 1]
+        for _, group in _groups(rows, ('policy', 'shape', 'page')):
+            costs = {row['load']: row['us'] / tokens_of(row['load']) for row in group}
+            least = min(costs.values())
+            yield from ((costs[row['load']] / least, 1.10, row) for row in group if len(group) > 1)
+    return bounds
+
+
+def _query_len(rows: Sequence[dict]) -> Iterator[Bound]:
+    one = {_key(row): row['us'] for row in rows if row['query_len'] == 1}
+    return ((row['us'] / one[_key(row)], 1.25, row) for row in rows
+            if row['query_len'] == 4 and row['load'] == SPEED_LOAD and _key(row) in one)
+
+
+def _simple(measure: str, limit: float, **where: object) -> Callable[[Sequence[dict]], Iterator[Bound]]:
+    """Rows whose fields are as given (a set: one of them), each with the same bound."""
+    def bounds(rows: Sequence[dict]) -> Iterator[Bound]:
+        return ((row[measure], limit, row) for row in rows if row.get(measure) is not None
+                and all(row[key] in want if isinstance(want, set) else row[key] == want for key, want in where.items()))
+    return bounds
+
+
+# per benchmark: point of the issue, name, at least (or at most), rows
+TARGETS: dict[str, tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterable[Bound]]], ...]] = {
+    'decode': (
+        (1, 'share of read', True, _bandwidth),
+        (1, 'time against bf16, 64x4096', False, _speed),
+        (2, 'no load slower than bf16', False, _no_cliff),
+        (2, 'beyond 128 MB against bf16', False, _large_payload),
+        (2, 'cost per token, one sequence', False, _flat(ONE)),
+        (2, 'cost per token, 1M tokens', False, _flat(CONSTANT)),
+        (3, 'query length 4 against 1', False, _query_len),
+    ),
+    'fill': (
+        (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load={'decode:64', 'decode:256'})),
+        (4, '8,192 prompt tokens, share of copy', True, _simple('copy_fraction', 0.6, load='prefill:8192')),
+    ),
+    'prefill': (
+        (5, 'TTFT without history against bf16', False, _simple('vs_bf16', 1.02, case='whole')),
+        (5, 'TTFT with history against bf16', False, _simple('vs_bf16', 1.10, case={'prefix', 'chunked'})),
+    ),
+    'engine': (
+        (6, 'decode step against bf16', False, _simple('vs_bf16', 0.70, load='64x8192')),
+        (6, 'time per output token against bf16', False, _simple('vs_bf16', 0.70, load='256x2048')),
+    ),
+}
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row[k] for k in ('contender', 'policy', 'shape', 'load', 'page'))
+
+
+def _groups(rows: Sequence[dict], keys: Sequence[str]) -> Iterator[tuple[tuple, list[dict]]]:
+    def of(row: dict) -> tuple:
+        return tuple(row[k] for k in keys)
+    return ((key, list(group)) for key, group in itertools.groupby(sorted(rows, key=of), of))
+
+
+def verdicts(benchmark: str, rows: Sequence[dict]) -> list[dict]:
+    """One line per target: whether every row meets it, how many do not, and the row that is furthest off.
+
+    Args:
+        benchmark: whose rows they are, a key of :data:`TARGETS`. Of the rows, :data:`POLICIES` are held to the targets.
+    """
+    ours = [{**row, 'format': find_format(row['policy']).name} for row in rows if row['contender'] == 'kvq']
+    ours = [row for row in ours if row['format'] in POLICIES]
+    lines = []
+    for point, name, at_least, find in TARGETS[benchmark]:
+        sign = -1 if at_least else 1
+        bounds = list(find(ours))
+        if not bounds:
+            lines.append({'point': point, 'target': name, 'met': 'not measured'})
+            continue
+        value, limit, row = max(bounds, key=lambda b: sign * (b[0] - b[1]))
+        missed = sum(sign * b[0] > sign * b[1] for b in bounds)
+        where = ('format', 'shape', 'load', 'case', 'page', 'tp')
+        lines.append({'point': point, 'target': name, 'met': 'no' if missed else 'yes', 'rows': len(bounds),
+                      'missed': missed, 'worst': value, 'limit': f'{"at least" if at_least else "at most"} {limit}',
+                      'worst_row': ', '.join(f'{key} {row[key]}' if key in ('page', 'tp') else row[key]
+                                             for key in where if key in row)})
+    return lines
