@@ -46,7 +46,7 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
         out = query.new_empty((*query.shape[:2], cache.v_head_dim))
         return decode(query, cache, attn_metadata.block_offsets, attn_metadata.kv_seqlens, out, query_len=query_len,
                       sm_scale=impl.scale, window=_window(impl), softcap=_softcap(impl), sinks=learnable_sink,
-                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, follows_fill=filled)
+                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, inputs_ready=filled)
     return _prefill(impl, query, key, value, cache, attn_metadata, learnable_sink)
 
 
