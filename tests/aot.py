@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmdeploy_kvq.kernels import decode, fill, flatten
+from lmdeploy_kvq.kernels import decode, fill, flatten, merge
 
-MODULES = (decode, fill, flatten)
+MODULES = (decode, fill, flatten, merge)
 _POINTER = {torch.uint8: '*u8', torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16',
             torch.int32: '*i32', torch.int64: '*i64'}
 
@@ -34,7 +34,8 @@ def recorded(cap: int):
     with contextlib.ExitStack() as stack:
         for module in MODULES:
             stack.enter_context(mock.patch.object(module, 'check_device', lambda tensor: None))
-            stack.enter_context(mock.patch.object(module, 'compute_capability', lambda device: cap))
+            if hasattr(module, 'compute_capability'):
+                stack.enter_context(mock.patch.object(module, 'compute_capability', lambda device: cap))
             for name in vars(module):
                 if name.startswith('_') and name.endswith('_kernel'):
                     stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
