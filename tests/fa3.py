@@ -41,7 +41,8 @@ def varlen_attention(calls: list[dict]) -> Callable:
                                seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None,
                                k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
                                num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):
-        calls.append({'rows': k.size(0), 'cu_seqlens_k': cu_seqlens_k.clone(), 'causal': causal, 'lse': return_attn_probs})
+        calls.append({'rows': k.size(0), 'cu_seqlens_k': cu_seqlens_k.clone(), 'causal': causal,
+                      'lse': return_attn_probs})
         assert q.dtype == k.dtype == v.dtype and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         assert finite(k) and finite(v), 'the kernel multiplies what lies behind the last key by zero'
         assert k.stride(-1) == v.stride(-1) == 1 and cu_seqlens_k.is_contiguous()

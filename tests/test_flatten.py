@@ -99,6 +99,22 @@ def test_ranges(fmt, block_size, device):
         assert torch.equal(x[:-70], exact) and not x[-70:].any()
 
 
+def with_new_tokens(p, q_lens, dtype, first=None):
+    """Flatten with NewTokens whose rows differ from the cached ones: (new rows, dense rows)."""
+    generator = torch.Generator().manual_seed(9)
+    total, cache = sum(q_lens), p.cache
+    new = [(torch.randn(total, cache.num_kv_heads, dim, generator=generator) * 50).to(dtype).to(p.kv_lens.device)
+           for dim in (cache.head_dim, cache.v_head_dim)]
+    q_lens = torch.tensor(q_lens, dtype=p.kv_lens.dtype, device=p.kv_lens.device)
+    first = None if first is None else torch.tensor(first, dtype=q_lens.dtype, device=q_lens.device)
+    rows = int((p.kv_lens if first is None else p.kv_lens - first).sum())
+    out = [torch.full((rows, cache.num_kv_heads, dim), 1e30, device=q_lens.device).to(dtype)
+           for dim in (cache.head_dim, cache.v_head_dim)]
+    flatten(cache, p.block_table, p.kv_lens, *out, rows,
+            NewTokens(new[0], new[1], (q_lens.cumsum(0) - q_lens).to(q_lens.dtype), q_lens), first)
+    return new, out
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @FORMATS
 def test_new_tokens_are_copied_and_history_is_decoded(fmt, dtype, device):

@@ -22,10 +22,10 @@ from ..paged import PagedCache
 PIECE_BYTES = 256 * 2**20
 """Decoded history that exists at a time, in bytes: 65,536 tokens of 8 KV heads of 128 + 128 elements in bf16.
 
-A piece costs a launch of three kernels and one more pass over the output (merge), which has to be little beside the
-attention over the piece. Per new token and head, merging moves at most 10 bytes per element and attention does 4
-operations per element and key: on an H200 (4.4 TB/s, some 600 TFLOP/s) 2 % of the attention at 16,384 keys (32 KV heads
-of 128), and 0.5 % at 65,536. A 32k prompt of a model with grouped queries is one piece either way.
+A piece costs one more pass over the output (merge), which has to be little beside the attention over the piece. Per
+element of the output, merging moves at most 10 bytes and attention does 4 operations per key. Where a GPU does 135
+operations in the time of a byte (600 TFLOP/s and 4.4 TB/s, an estimate for an H200), that is 2 % at 16,384 keys, a
+piece of 32 KV heads of 128, and 0.5 % at 65,536.
 """
 
 _LSE_FLAGS = ('return_attn_probs', 'return_softmax_lse')
@@ -129,7 +129,7 @@ def _per_step(meta: Any, key: tuple[Any, ...], build: Callable[[torch.Tensor, to
     kept = getattr(meta, '_kvq_prefill', None)
     if kept is None or any(a is not b for a, b in zip(kept[0], lens)):
         kept = meta._kvq_prefill = (lens, {})
-    plans = kept[1]
+    plans: dict[tuple[Any, ...], Any] = kept[1]
     if key not in plans:
         plans[key] = build(*lens)
     return plans[key]

@@ -54,7 +54,8 @@ def _merge_kernel(
     changed = live & (part_lse != empty) if IN_PLACE else live
     tl.store(out_ptr + (token * stride_ot)[:, None] + head * stride_oh + dim[None, :],
              merged.to(out_ptr.dtype.element_ty), mask=changed[:, None] & inside)
-    tl.store(running_lse_ptr + head * stride_rlh + token, tl.where(total == 0.0, empty, top + tl.log(divisor)), mask=live)
+    tl.store(running_lse_ptr + head * stride_rlh + token, tl.where(total == 0.0, empty, top + tl.log(divisor)),
+             mask=live)
 
 
 def merge(running: torch.Tensor, running_lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor,

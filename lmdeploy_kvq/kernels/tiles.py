@@ -64,8 +64,9 @@ def locate_tile(pid, first_ptr, last_ptr, batch, BLOCK_N: tl.constexpr, BATCH: t
         batch: sequences; ``BATCH`` is its next power of two.
 
     Returns:
-        (seq, tile, first, last, start): the sequence, the tile's number in it, its range, and the dense row of ``first``
-        when ranges lie one after another. ``seq == batch``: a tile behind the last range, the ``tile``-th from ``start``.
+        (seq, tile, first, last, start): the sequence, the tile's number in it, its range, and the dense row of
+        ``first`` when ranges lie one after another. With ``seq == batch`` there is no tile left; ``tile`` then counts
+        those that follow ``start``, the row behind the last range.
     """
     index = tl.arange(0, BATCH)
     lasts = tl.load(last_ptr + index, mask=index < batch, other=0).to(tl.int32)
