@@ -135,12 +135,6 @@ def test_the_switch_is_checked(monkeypatch):
 FIRST = kvq.FORMATS[0]
 
 
-def formats_with(name: str, usual, others):
-    """Every format with the usual value; the other values with one format, which decodes no differently for them."""
-    return pytest.mark.parametrize(f'fmt, {name}', [(fmt, usual) for fmt in kvq.FORMATS] + [(FIRST, x) for x in others],
-                                   ids=lambda x: by_name(x) or str(x))
-
-
 HISTORIES, NEW = [15, 0, 29, 3], [3, 2, 1, 4]
 """47 tokens of history and 10 new ones: a piece of 50 rows holds the history alone; of 17 rows it takes three."""
 
@@ -153,7 +147,8 @@ def problem_with_history(fmt, device):
     return engine_problem(fmt, [h + n for h, n in zip(HISTORIES, NEW, strict=True)], NEW, device)
 
 
-@formats_with('piece_rows', 17, [50, 5])
+@pytest.mark.parametrize('fmt, piece_rows', [(FIRST, 50), (FIRST, 5), *((fmt, 17) for fmt in kvq.FORMATS)],
+                         ids=lambda x: by_name(x) or str(x))
 def test_history_in_pieces(fmt, piece_rows, device, calls, monkeypatch):
     """Any number of pieces gives the attention over everything, whatever the sequences' lengths are."""
     in_pieces_of(monkeypatch, piece_rows)
@@ -180,11 +175,11 @@ def test_features_in_pieces(features, expected, device, calls, monkeypatch):
 
 
 @pytest.mark.parametrize('how', ['switch', 'shared cache'])
-@formats_with('piece_rows', 17, [1000])
-def test_new_tokens_from_the_cache(fmt, how, piece_rows, device, calls, monkeypatch):
+@pytest.mark.parametrize('piece_rows', [17, 1000])
+def test_new_tokens_from_the_cache(how, piece_rows, device, calls, monkeypatch):
     """In one piece and in many: with the switch, and in layers that share another layer's cache (no key, no value)."""
     in_pieces_of(monkeypatch, piece_rows)
-    p, query, key, value = problem_with_history(fmt, device)
+    p, query, key, value = problem_with_history(FIRST, device)
     if how == 'switch':
         monkeypatch.setenv('LMDEPLOY_KVQ_PREFILL', 'cache')
     else:
@@ -228,12 +223,12 @@ def test_a_history_shorter_than_its_bound(device, calls, monkeypatch):
 
 
 @pytest.mark.parametrize('make', [fa3_layer, triton_layer], ids=['fa3', 'triton'])
-@formats_with('window', 7, [3, 16, 1000])
-def test_only_what_a_window_shows_is_decoded(fmt, window, make, device, calls, monkeypatch):
+@pytest.mark.parametrize('window', [3, 7, 16, 1000])
+def test_only_what_a_window_shows_is_decoded(window, make, device, calls, monkeypatch):
     """Keys that no new token sees are left out in front; their pages may hold anything."""
     in_pieces_of(monkeypatch, 5)  # windows are bounded already, and never cut
     lens, q_lens = [70, 20, 3, 41], [5, 3, 3, 1]
-    p, query, key, value = engine_problem(fmt, lens, q_lens, device)
+    p, query, key, value = engine_problem(FIRST, lens, q_lens, device)
     attended = rows_attended_to(p, q_lens)
     block = p.cache.block_size
     for table, n, q_len in zip(p.block_table, lens, q_lens, strict=True):
