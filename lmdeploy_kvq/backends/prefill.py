@@ -231,4 +231,5 @@ def _attention_in_pieces(impl: Any, query: torch.Tensor, cache: PagedCache, meta
             else running
         merge(running, lse, part, part_lse, target)
         running = target
+        del part, part_lse  # the next piece's may take their place
     return out
