@@ -221,7 +221,7 @@ def test_a_history_shorter_than_its_bound(device, calls, monkeypatch):
 
 
 @pytest.mark.parametrize('make', [fa3_layer, triton_layer], ids=['fa3', 'triton'])
-@pytest.mark.parametrize('window', [3, 7, 16, 1000])
+@pytest.mark.parametrize('window', [3, 7, 16, 68])
 def test_only_what_a_window_shows_is_decoded(window, make, device, calls, monkeypatch):
     """Keys that no new token sees are left out in front; their pages may hold anything."""
     in_pieces_of(monkeypatch, 5)  # windows are bounded already, and never cut
@@ -246,6 +246,17 @@ def test_only_what_a_window_shows_is_decoded(window, make, device, calls, monkey
     oracle = expected_prefill(p, query, q_lens, *attended, window=window)
     torch.testing.assert_close(out.double(), oracle, rtol=1e-5, atol=1e-5)
     assert (shapes or [call['rows'] for call in calls]) == [min(sum(lens), sum(q_lens) + 4 * window)]
+
+
+@pytest.mark.parametrize('window, pieces', [(30, 3), (29, None)])
+def test_a_window_that_hides_nothing_is_none(window, pieces, device, calls, monkeypatch):
+    """The last of 31 tokens sees the first one: such a history may be cut, and one token less may not."""
+    in_pieces_of(monkeypatch, 10)
+    p, query, key, value = engine_problem(FIRST, [31], [1], device)
+    out = run(fa3_layer(sliding_window=(window, window)), p, query, key, value, metadata(p, [1], False))
+    oracle = expected_prefill(p, query, [1], *rows_attended_to(p, [1]), window=window)
+    torch.testing.assert_close(out.double(), oracle, rtol=1e-5, atol=1e-5)
+    assert len(calls) == (1 if pieces is None else 1 + pieces)
 
 
 def test_window_zero_means_no_window(device, calls):

@@ -76,7 +76,7 @@ def prefill(impl: Any, query: torch.Tensor, key: torch.Tensor | None, value: tor
         if rows == tokens:
             return _dense_attention(impl, query, key, value, meta, meta.cu_seqlens_q, sink)
     first, cu_seqlens = None, meta.cu_seqlens_k
-    if window is not None:
+    if window is not None and window < meta.max_kv_seqlen - 1:  # else it hides nothing
         rows = min(rows, tokens + window * meta.q_seqlens.size(0))
         first, cu_seqlens = _per_step(meta, ('window', window), functools.partial(_visible, window=window))
     elif hasattr(impl, 'flash_attn_varlen_func_v3'):
