@@ -8,6 +8,8 @@ from helpers import finite
 from lmdeploy_kvq.kernels.merge import merge
 
 INF = math.inf
+TOLERANCE = 3e-6
+"""fp32 weights from a GPU's approximate exp and division, a few ulp each, times values up to 5."""
 
 
 def parts(tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str, seed: int = 0):
@@ -35,7 +37,7 @@ def test_merge(tokens, heads, dim, dtype, out_dtype, device):
     out = torch.full((tokens, heads, dim), math.nan, dtype=out_dtype, device=device)
     before = a.clone()
     merge(a, lse_a, b, lse_b, out)
-    tolerance = 1e-3 if out_dtype == torch.float16 else 1e-6
+    tolerance = 1e-3 if out_dtype == torch.float16 else TOLERANCE
     torch.testing.assert_close(out.double(), oracle, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse_a.double(), lse, rtol=1e-6, atol=1e-5)
     assert torch.equal(a, before)
@@ -45,7 +47,7 @@ def test_in_place(device):
     a, lse_a, b, lse_b = parts(40, 2, 64, torch.float32, device)
     oracle, _ = expected(a, lse_a, b, lse_b)
     merge(a, lse_a, b, lse_b, a)
-    torch.testing.assert_close(a.double(), oracle, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(a.double(), oracle, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize('in_place', [True, False])
@@ -64,7 +66,7 @@ def test_rows_without_keys(empty, in_place, device):
     out = a if in_place else torch.full_like(a, math.nan)
     merge(a, lse_a, b, lse_b, out)
     assert finite(out)
-    torch.testing.assert_close(out.double(), oracle, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.double(), oracle, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(lse_a.double(), lse, rtol=1e-6, atol=1e-5)
 
 
@@ -95,7 +97,7 @@ def test_strides(device):
     padded = torch.full((3, 32), math.nan, device=device)
     padded[:, :20] = lse_a
     merge(wide[0][:, 1:4, :64], padded[:, :20], b, lse_b, wide[1][:, 1:4, :64])
-    torch.testing.assert_close(wide[1][:, 1:4, :64].double(), oracle, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(wide[1][:, 1:4, :64].double(), oracle, rtol=TOLERANCE, atol=TOLERANCE)
     wide[1][:, 1:4, :64] = 7.0
     assert (wide[1] == 7.0).all() and padded[:, 20:].isnan().all()
 
