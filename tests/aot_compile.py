@@ -13,6 +13,7 @@ from aot import compile_launch, recorded
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
 from lmdeploy_kvq.kernels.flatten import NewTokens, flatten
+from lmdeploy_kvq.kernels.merge import merge
 
 DTYPE = torch.bfloat16
 
@@ -26,11 +27,12 @@ def batch(cache: kvq.PagedCache, tokens: int, group: int) -> tuple[torch.Tensor,
 
 
 def plain(cache: kvq.PagedCache) -> None:
-    """The engine's calls for a model with full attention: decode one token; prefill with history."""
+    """The engine's calls for a model with full attention: decode one token; prefill with history, in a piece."""
     query, key, value = batch(cache, 4, 2)
     n, table = torch.ones(4, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32)
     fill(key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1))
     flatten(cache, table, n, key, value, 4, NewTokens(key, value, n, n))
+    merge(query, torch.zeros(query.size(1), 4), query, torch.zeros(query.size(1), 4), query)
     kvq.paged_attention(query, cache, table, n)
 
 
@@ -40,7 +42,8 @@ def everything(cache: kvq.PagedCache) -> None:
     n, table = torch.ones(25, dtype=torch.int64), torch.zeros(25, 2, dtype=torch.int32)
     slopes = torch.ones(query.size(1))
     fill(key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table))
-    flatten(cache, table, n, key, value, 75, NewTokens(key, value, n, n, 100))
+    flatten(cache, table, n, key, value, 75, NewTokens(key, value, n, n), n)
+    merge(value, torch.zeros(8, 75), value, torch.zeros(8, 75), value.float())
     kvq.paged_attention(query, cache, table, n, query_len=3, window=100, softcap=30.0, sinks=slopes.bfloat16(),
                         alibi_slopes=slopes)
 

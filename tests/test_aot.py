@@ -51,7 +51,7 @@ EACH = pytest.mark.parametrize('capability', CAPABILITIES)
 FORMATS = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
 
 
-@pytest.mark.parametrize('kernel, launches', [('fill', 3), ('flatten', 3), ('decode', 2), ('reduce', 2)])
+@pytest.mark.parametrize('kernel, launches', [('fill', 3), ('flatten', 3), ('decode', 2), ('reduce', 2), ('merge', 2)])
 @EACH
 @FORMATS
 def test_every_kernel_compiles(compiled, fmt, capability, kernel, launches):

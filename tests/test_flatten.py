@@ -61,28 +61,57 @@ def test_nothing_to_decode(fmt, device):
     assert key.shape == (0, 2, 64) and value.shape == (0, 2, 64)
 
 
+@pytest.mark.parametrize('total', [51, 60, 150])
 @FORMATS
-def test_total_may_be_an_upper_bound(fmt, device):
-    """Rows beyond the last token keep what they held, so that CUDA graphs can use fixed buffers."""
+def test_rows_behind_the_last_token_become_zeros(fmt, total, device):
+    """Up to ``total_tokens``, an upper bound: attention kernels read them. Rows beyond keep what they held."""
     p = problem(fmt, [18, 0, 33], device=device)
-    key, value = (torch.full((70, 4, 64), 7.0, device=device)[:, :2] for _ in range(2))
-    flatten(p.cache, p.block_table, p.kv_lens, key, value, 70)
+    key, value = (torch.full((160, 4, 64), 7.0, device=device)[:, :2] for _ in range(2))
+    flatten(p.cache, p.block_table, p.kv_lens, key, value, total)
     for x, expected in zip((key, value), expected_rows(p, torch.float32), strict=True):
-        assert not x.is_contiguous() and torch.equal(x[:51], expected) and (x[51:] == 7.0).all()
+        assert not x.is_contiguous() and torch.equal(x[:51], expected)
+        assert not x[51:total].any() and (x[total:] == 7.0).all()
 
 
-def with_new_tokens(p, q_lens, window, dtype, new_dtype):
+RANGES = [(0, 100), (7, 7), (16, 32), (15, 17), (64, 71), (0, 0), (3, 4), (90, 100)]
+"""First and last token: whole, empty, on page borders, across one, within a page."""
+
+
+@pytest.mark.parametrize('block_size', [16, 64, 128])
+@FORMATS
+def test_ranges(fmt, block_size, device):
+    """Only the tokens asked for, wherever they lie in their pages; nothing else is read."""
+    p = problem(fmt, [100] * len(RANGES), device=device, v_head_dim=32, block_size=block_size, kv_heads=1, pooled=True)
+    first, last = (torch.tensor(x, device=device) for x in zip(*RANGES, strict=True))
+    kept = [slice(100 * i + a, 100 * i + b) for i, (a, b) in enumerate(RANGES)]
+    expected = [torch.cat([x[rows] for rows in kept]) for x in expected_rows(p, torch.float32)]
+    asked = torch.zeros(p.slots.numel(), dtype=torch.bool, device=device)
+    for rows in kept:
+        asked[rows] = True
+    unread = p.slots[~asked]
+    for x in (p.cache.k_scales, p.cache.v_scales):
+        if x is not None:
+            x.transpose(1, 2)[unread // block_size, unread % block_size] = float('nan')
+    rows = sum(b - a for a, b in RANGES) + 70
+    out = [torch.full((rows, 1, dim), 7.0, device=device) for dim in (64, 32)]
+    flatten(p.cache, p.block_table, last, *out, rows, first=first)
+    for x, exact in zip(out, expected, strict=True):
+        assert torch.equal(x[:-70], exact) and not x[-70:].any()
+
+
+def with_new_tokens(p, q_lens, dtype, first=None):
     """Flatten with NewTokens whose rows differ from the cached ones: (new rows, dense rows)."""
     generator = torch.Generator().manual_seed(9)
     total, cache = sum(q_lens), p.cache
-    new = [(torch.randn(total, cache.num_kv_heads, dim, generator=generator) * 50).to(new_dtype).to(p.kv_lens.device)
+    new = [(torch.randn(total, cache.num_kv_heads, dim, generator=generator) * 50).to(dtype).to(p.kv_lens.device)
            for dim in (cache.head_dim, cache.v_head_dim)]
     q_lens = torch.tensor(q_lens, dtype=p.kv_lens.dtype, device=p.kv_lens.device)
-    rows = int(p.kv_lens.sum())
+    first = None if first is None else torch.tensor(first, dtype=q_lens.dtype, device=q_lens.device)
+    rows = int((p.kv_lens if first is None else p.kv_lens - first).sum())
     out = [torch.full((rows, cache.num_kv_heads, dim), 1e30, device=q_lens.device).to(dtype)
            for dim in (cache.head_dim, cache.v_head_dim)]
     flatten(cache, p.block_table, p.kv_lens, *out, rows,
-            NewTokens(new[0], new[1], (q_lens.cumsum(0) - q_lens).to(q_lens.dtype), q_lens, window))
+            NewTokens(new[0], new[1], (q_lens.cumsum(0) - q_lens).to(q_lens.dtype), q_lens), first)
     return new, out
 
 
@@ -91,7 +120,7 @@ def with_new_tokens(p, q_lens, window, dtype, new_dtype):
 def test_new_tokens_are_copied_and_history_is_decoded(fmt, dtype, device):
     lens, q_lens = [40, 0, 9, 17, 33], [10, 0, 9, 1, 0]
     p = problem(fmt, lens, device=device, v_head_dim=32, pooled=True)
-    new, out = with_new_tokens(p, q_lens, None, dtype, dtype)
+    new, out = with_new_tokens(p, q_lens, dtype)
     for raw, dense, history in zip(new, out, expected_rows(p, dtype), strict=True):
         start = taken = 0
         for n, q_len in zip(lens, q_lens, strict=True):
@@ -106,37 +135,23 @@ def test_the_new_tokens_pages_are_not_read(fmt, device):
     """New tokens come from their rows whatever their pages hold."""
     p = problem(fmt, [40], device=device, fill=False)
     reference.reshape_and_cache(p.key[:20], p.value[:20], p.cache, p.slots[:20])
-    new, out = with_new_tokens(p, [20], None, torch.float32, torch.float32)
+    new, out = with_new_tokens(p, [20], torch.float32)
     for raw, dense, source in zip(new, out, (p.key, p.value), strict=True):
         assert torch.equal(dense[20:], raw)
         assert finite(dense[:20]) and (dense[:20] - source[:20]).abs().max() < 0.5
 
 
-@pytest.mark.parametrize('window', [0, 5, 30, 1000])
 @FORMATS
-def test_history_outside_the_window_becomes_zeros(fmt, window, device):
-    """Cached tokens that no new token sees are zeros, decoded or not: finite either way, and never from their pages."""
-    lens, q_lens = [100, 20, 3], [4, 20, 1]
+def test_new_tokens_behind_a_part_of_the_history(fmt, device):
+    """As a sliding window needs it: history from ``first`` on, then the new tokens."""
+    lens, q_lens, first = [100, 20, 3, 40], [4, 20, 1, 7], [91, 0, 2, 33]
     p = problem(fmt, lens, device=device)
-    for raw, dense, history in zip(*with_new_tokens(p, q_lens, window, torch.float32, torch.float32),
+    for raw, dense, history in zip(*with_new_tokens(p, q_lens, torch.float32, first),
                                    expected_rows(p, torch.float32), strict=True):
-        start = taken = 0
-        for n, q_len in zip(lens, q_lens, strict=True):
-            rows, seen = dense[start:start + n], max(n - q_len - window, 0)
-            assert not rows[:seen].any()
-            assert torch.equal(rows[seen:n - q_len], history[start + seen:start + n - q_len])
-            assert torch.equal(rows[n - q_len:], raw[taken:taken + q_len])
-            start, taken = start + n, taken + q_len
-
-
-@FORMATS
-def test_unseen_pages_may_hold_anything(fmt, device):
-    """Pages that the window hides completely are not decoded: 0xFF in them reaches nothing."""
-    p = problem(fmt, [100], device=device)
-    hidden = p.block_table[0, :4].long()
-    p.cache.k_codes[hidden] = p.cache.v_codes[hidden] = 0xFF
-    for scales in (p.cache.k_scales, p.cache.v_scales):
-        if scales is not None:
-            scales[hidden] = float('nan')
-    for _, dense in zip(*with_new_tokens(p, [4], 5, torch.float32, torch.float32), strict=True):
-        assert not dense[:64].any() and finite(dense)
+        start = taken = row = 0
+        for n, q_len, skipped in zip(lens, q_lens, first, strict=True):
+            cached = n - q_len - skipped
+            assert torch.equal(dense[row:row + cached], history[start + skipped:start + n - q_len])
+            assert torch.equal(dense[row + cached:row + cached + q_len], raw[taken:taken + q_len])
+            start, taken, row = start + n, taken + q_len, row + cached + q_len
+        assert row == dense.size(0)

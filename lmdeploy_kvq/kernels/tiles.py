@@ -98,17 +98,34 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
 
 
 @triton.jit
-def locate_tile(pid, kv_lens_ptr, batch, BLOCK_N: tl.constexpr, BATCH: tl.constexpr):
-    """Sequence, tile within it, length and dense start row of the ``pid``-th tile of a ragged batch."""
+def locate_tile(pid, first_ptr, last_ptr, batch, BLOCK_N: tl.constexpr, BATCH: tl.constexpr):
+    """Which tile of a ragged batch of token ranges [first, last) the ``pid``-th program takes.
+
+    Tiles are BLOCK_N tokens from a multiple of BLOCK_N on, as in the pages, so a range's first and last may be partial.
+
+    Args:
+        pid: index of this program.
+        first_ptr, last_ptr: [batch] the ranges; without ``first_ptr`` (None) they begin at 0. last >= first.
+        batch: sequences; ``BATCH`` is its next power of two.
+
+    Returns:
+        (seq, tile, first, last, start): the sequence, the tile's number in it, its range, and the dense row of
+        ``first`` when ranges lie one after another. With ``seq == batch`` there is no tile left; ``tile`` then counts
+        those that follow ``start``, the row behind the last range.
+    """
     index = tl.arange(0, BATCH)
-    lens = tl.load(kv_lens_ptr + index, mask=index < batch, other=0).to(tl.int32)
-    tiles = tl.cdiv(lens, BLOCK_N)
+    lasts = tl.load(last_ptr + index, mask=index < batch, other=0).to(tl.int32)
+    firsts = lasts * 0
+    if first_ptr is not None:
+        firsts = tl.load(first_ptr + index, mask=index < batch, other=0).to(tl.int32)
+    tiles = tl.where(lasts > firsts, tl.cdiv(lasts, BLOCK_N) - firsts // BLOCK_N, 0)
     ends = tl.cumsum(tiles, 0)
-    seq = tl.sum((ends <= pid).to(tl.int32), 0)
-    before = index < seq
-    tile = pid - tl.sum(tl.where(before, tiles, 0), 0)
-    start = tl.sum(tl.where(before, lens, 0).to(tl.int64), 0)
-    return seq, tile, tl.sum(tl.where(index == seq, lens, 0), 0), start
+    seq = tl.minimum(tl.sum((ends <= pid).to(tl.int32), 0), batch)
+    before, mine = index < seq, index == seq
+    first = tl.sum(tl.where(mine, firsts, 0), 0)
+    tile = pid - tl.sum(tl.where(before, tiles, 0), 0) + first // BLOCK_N
+    start = tl.sum(tl.where(before, lasts - firsts, 0).to(tl.int64), 0)
+    return seq, tile, first, tl.sum(tl.where(mine, lasts, 0), 0), start
 
 
 @triton.jit
