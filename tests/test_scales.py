@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lmdeploy_kvq import FORMATS
 from lmdeploy_kvq.scales import (
     LayerScales,
     ScaleError,
     ScaleFile,
-    from_checkpoint,
     parse_name,
     read_file,
     shard,
@@ -34,6 +34,27 @@ TAILS = {'k_scale': 'k', 'v_scale': 'v', 'kv_scale': 'kv', 'k_proj.output_scale'
 def test_every_scale_name_is_recognized(owner, tail):
     found = parse_name(f'{owner}.{tail}')
     assert found is not None and found.owner == owner and found.kind == TAILS[tail]
+
+
+SEGMENTS = st.text(st.characters(codec='ascii', exclude_characters='.'), min_size=1, max_size=12)
+
+
+@given(st.lists(SEGMENTS, min_size=1, max_size=6), st.sampled_from(sorted(TAILS)))
+def test_names_are_taken_apart_wherever_they_stand(parts, tail):
+    """Any owner: the longest known tail is split off, and owner and tail give the name back."""
+    name = '.'.join([*parts, tail])
+    found = parse_name(name)
+    assert found is not None and name.startswith(found.owner + '.')
+    assert TAILS[name[len(found.owner) + 1:]] == found.kind == TAILS[tail]
+
+
+@given(st.lists(SEGMENTS, min_size=1, max_size=6))
+def test_other_names_are_left_alone(parts):
+    """What does not end in a known tail is a weight, and so is a tail without an owner."""
+    name = '.'.join(parts)
+    if not any(name.endswith('.' + tail) for tail in TAILS):
+        assert parse_name(name) is None
+    assert all(parse_name(tail) is None for tail in TAILS if '.' not in tail)
 
 
 @given(OWNERS, st.sampled_from(['weight', 'bias', 'k_proj.weight_scale', 'k_proj.input_scale', 'k_proj.weight',
@@ -67,9 +88,17 @@ def test_unusable_values_name_layer_and_value(bad):
 
 
 def test_checkpoint_scales_are_per_tensor():
-    assert from_checkpoint('l', 'k_scale', torch.tensor([[0.5]], dtype=torch.bfloat16)).shape == ()
+    found = LayerScales().add('k', 'n', torch.tensor([[0.5]], dtype=torch.bfloat16))
+    assert found.k.shape == () and found.k.dtype == torch.float32
+    found = LayerScales().add('k', 'n', torch.ones(4))
     with pytest.raises(ScaleError, match=r'model\.layers\.2: k_scale has 4 elements.*per-tensor scales only'):
-        from_checkpoint('model.layers.2', 'k_scale', torch.ones(4))
+        found.resolved('model.layers.2')
+    assert LayerScales(k=torch.ones(4), source='file').resolved('')[0].shape == (4, )
+
+
+def test_zero_points_that_are_zero_change_nothing():
+    found = LayerScales(k=value(0.5)).add('zero point', 'n', torch.zeros(4)).add('unused', 'q', value(math.nan))
+    assert found == LayerScales(k=found.k)
 
 
 def test_file_round_trip(tmp_path):
@@ -255,15 +284,58 @@ def test_order_of_sources_strict_and_updates(tmp_path, monkeypatch):
     assert [(m.k_scale.tolist(), float(m.v_scale)) for m in layers.values()] == [([2.0], 7.0)] * 2
 
 
-def test_per_token_head_ignores_checkpoint_scales(tmp_path):
-    """Even unusable ones: placeholders stay 1.0, nothing is raised."""
-    from lmdeploy_kvq.backends.loading import settle
+UNUSABLE = {
+    'zero': ('k_scale', value(0.0), 'k_scale is 0'),
+    'nan': ('v_scale', value(math.nan), 'v_scale is nan'),
+    'per head': ('k_scale', torch.ones(2), r'k_scale has 2 elements.*per-tensor scales only'),
+    'per channel': ('v_scale', torch.ones(2, 16), r'v_scale has 32 elements'),
+    'zero point': ('k_zero_point', value(3.0), r'k_zero_point is not zero.*zero points are not supported'),
+}
+IGNORING = [0, 8, *(fmt.policy for fmt in FORMATS if fmt.per_token_head)]
+STATIC = [fmt.policy for fmt in FORMATS if not fmt.per_token_head]
+
+
+@pytest.mark.parametrize('which', UNUSABLE)
+def test_only_static_policies_mind_unusable_scales(tmp_path, which):
+    """bf16, LMDeploy's integers and per-token-head formats ignore them, static ones name layer and value."""
+    from lmdeploy_kvq.backends.loading import model_scales, settle
     write_model(tmp_path, 'Llama')
-    add_scales(tmp_path, {'model.layers.0.self_attn.k_scale': value(0.0)})
+    name, tensor, message = UNUSABLE[which]
+    add_scales(tmp_path, {f'model.layers.1.self_attn.{name}': tensor})
+    for policy in IGNORING:
+        model = load(tmp_path)
+        assert settle(model, policy, str(tmp_path), 2) == [] and buffers(model) == [(1, 1)] * 2
+        assert model_scales(model).layers == {}
+    for policy in STATIC:
+        with pytest.raises(ScaleError, match=rf'layers\.1\..*{message}'):
+            settle(load(tmp_path), policy, str(tmp_path), 2)
+
+
+@pytest.mark.parametrize('which', UNUSABLE)
+def test_live_updates_with_unusable_scales(tmp_path, which):
+    """Ignored and refused by the same policies; what was served before stays."""
+    from lmdeploy.pytorch.weight_loader.model_weight_loader import ModelWeightLoader
+
+    from lmdeploy_kvq.backends.loading import model_scales, settle
+    write_model(tmp_path, 'Llama')
+    add_scales(tmp_path, {f'model.layers.{n}.self_attn.{x}_scale': value(0.5) for n in range(2) for x in 'kv'})
     model = load(tmp_path)
-    assert settle(model, 116, str(tmp_path), 2) == [] and buffers(model) == [(1, 1)] * 2
-    with pytest.raises(ScaleError, match=r'layers\.0.*k_scale is 0'):
-        settle(load(tmp_path), 16, str(tmp_path), 2)
+    name, tensor, message = UNUSABLE[which]
+    update = [(f'model.layers.1.self_attn.{name}', tensor), ('model.norm.weight', torch.ones(64))]
+
+    settle(model, STATIC[0], str(tmp_path), 2)
+    with pytest.raises(ScaleError, match=rf'layers\.1\..*{message}'):
+        list(ModelWeightLoader._rename_weights_iterator(iter(update), model))
+    again = [('model.layers.1.self_attn.q_scale', value(1.0)), ('model.layers.1.self_attn.k_scale', value(0.25))]
+    assert list(ModelWeightLoader._rename_weights_iterator(iter(again), model)) == []
+    assert buffers(model) == [(0.5, 0.5), (0.25, 0.5)]
+
+    for policy in IGNORING:
+        model = load(tmp_path)
+        settle(model, policy, str(tmp_path), 2)
+        left = list(ModelWeightLoader._rename_weights_iterator(iter(update), model))
+        assert [name for name, _ in left] == ['model.norm.weight'] and model_scales(model).layers == {}
+        assert buffers(model) == [(1, 1)] * 2
 
 
 @pytest.mark.parametrize('config', [
@@ -283,8 +355,3 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path):
     write_model(tmp_path, 'Llama')
     with pytest.raises(ValueError, match=r'modelopt.*quant_algo FP8'):
         load(tmp_path, {'quantization_config': {'quant_method': 'modelopt', 'quant_algo': 'FP8'}})
-    path = tmp_path / 'config.json'
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != 'quantization_config'}))
-    add_scales(tmp_path, {'model.layers.0.self_attn.k_zero_point': value(3.0)})
-    with pytest.raises(ScaleError, match=r'layers\.0.*k_zero_point.*zero points are not supported'):
-        load(tmp_path)

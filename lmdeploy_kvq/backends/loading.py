@@ -12,7 +12,7 @@ import torch
 from lmdeploy.utils import get_logger
 
 from ..formats import KVFormat, find_format
-from ..scales import FILE_NAME, LayerScales, ScaleError, from_checkpoint, parse_name, read_file, shard, validate
+from ..scales import FILE_NAME, LayerScales, ScaleError, parse_name, read_file, shard, validate
 
 logger = get_logger('lmdeploy')
 
@@ -27,10 +27,12 @@ class ModelScales:
     Attributes:
         layers: attention module's name to what its checkpoint says.
         heads: KV heads of the whole model, and this rank and the number of ranks among which they are split.
-        format: the format served, once known; then scales that arrive (live weight updates) are applied at once.
+        settled: the policy is known. What arrives then (live weight updates) is applied at once, or ignored.
+        format: the format served if it has static scales.
     """
     layers: dict[str, LayerScales] = field(default_factory=dict)
     heads: tuple[int, int, int] = (1, 0, 1)
+    settled: bool = False
     format: KVFormat | None = None
 
 
@@ -66,20 +68,18 @@ def _owner(owner: str, names: Sequence[str]) -> str | None:
 
 
 def _collect(model: torch.nn.Module, layer: str, kind: str, name: str, weight: torch.Tensor) -> None:
+    """Keep a checkpoint's tensor. It is checked when the policy is known: most policies ignore it."""
     store = model_scales(model)
-    if kind == 'unused':
-        return
-    if kind == 'zero point':
-        if torch.count_nonzero(weight):
-            raise ScaleError(f'{name}: KV caches with zero points are not supported')
-        return
-    per_token = store.format is not None and store.format.per_token_head
-    if per_token or (store.layers.get(layer) or LayerScales()).source == 'file':
-        return  # scales are computed as tokens are written, or a file overrides the checkpoint
-    scale = from_checkpoint(layer, name.rpartition('.')[2], weight)
-    setattr(store.layers.setdefault(layer, LayerScales()), kind, scale)
-    if store.format is not None:
-        _apply(attention_layers(model)[layer], *store.layers[layer].resolved(layer)[:2], store)
+    if store.settled and store.format is None:
+        return  # scales are computed as tokens are written, or the cache is not quantized by us
+    before = store.layers.get(layer, LayerScales())
+    if before.source != 'checkpoint':
+        return  # a file overrides the checkpoint
+    found = before.add(kind, name, weight)
+    if store.settled and found is not before:
+        k, v, _ = found.resolved(layer)
+        _apply(attention_layers(model)[layer], k, v, store)
+    store.layers[layer] = found
 
 
 def model_scales(model: torch.nn.Module) -> ModelScales:
@@ -121,10 +121,10 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
         if store.layers and int(quant_policy) == 0 and not quiet:
             logger.warning('lmdeploy_kvq: the checkpoint carries scales of an FP8 KV cache, which quant_policy 0 '
                            'ignores; serve with --quant-policy fp8 to use them.')
-        store.format = fmt
+        store.settled = True
         store.layers.clear()
         return []
-    store.format, store.heads = fmt, (num_kv_heads, rank, world_size)
+    store.settled, store.format, store.heads = True, fmt, (num_kv_heads, rank, world_size)
     path, strict = scale_file(model_path)
     layers = attention_layers(model)
     if path is not None:
