@@ -77,7 +77,7 @@ PATCHES: tuple[Patch, ...] = (
          _late('loading', 'build_model'),
          'scales of files and checkpoints reach the attention layers, and are audited'),
     wrap('lmdeploy.pytorch.config', 'QuantizationConfig.from_config', 'cls hf_config',
-         _late('loading', 'quantization_config'), 'checkpoints of which only the KV cache is quantized load'),
+         _late('checkpoints', 'quantization_config'), 'checkpoints of which only the KV cache is quantized load'),
     wrap('lmdeploy.pytorch.backends.cuda.graph_runner.full_graph', '_configure_decode_torch_compile', '',
          _late('config', 'skip_in_dynamo'), 'torch.compile of decode graphs leaves our launchers alone'),
     data('lmdeploy.pytorch.envs', '_ENVS', _late('config', 'forward_environment'),

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from lmdeploy.utils import get_logger
 
 from ..formats import KVFormat, find_format
 from ..scales import FILE_NAME, LayerScales, ScaleError, parse_name, read_file, shard, validate
+from .checkpoints import advise, declares_fp8_cache
 
 logger = get_logger('lmdeploy')
 
@@ -90,13 +91,53 @@ def model_scales(model: torch.nn.Module) -> ModelScales:
 
 
 def build_model(original: Callable[[Any], None], agent: Any) -> None:
-    """``BaseModelAgent._build_model``: after the weights, settle the scales; also after a level-2 sleep."""
+    """``BaseModelAgent._build_model``: after the weights, settle the scales.
+
+    A level-2 wake-up builds the model again and reads no weights: the new one takes over what the old one knew, live
+    updates included. An engine that starts without weights reads the checkpoint's scales by themselves.
+    """
+    before = agent.patched_model
     original(agent)
     from lmdeploy.pytorch.distributed import get_tp_world_rank
-    model = agent.patched_model.get_model()
+    model, policy = agent.patched_model.get_model(), agent.cache_config.quant_policy
+    if agent.misc_config.empty_init:
+        if before is not None:
+            model_scales(model).layers.update(model_scales(before.get_model()).layers)
+        elif has_static_scales(policy):
+            collect_checkpoint(model, agent.model_path)
+    if model_scales(model).layers and int(policy) == 0 and agent.rank == 0 \
+            and not declares_fp8_cache(agent.model_config.hf_config):  # what is declared was said before loading
+        advise('the checkpoint carries scales of an FP8 KV cache')
     world_size, rank = get_tp_world_rank('attn')
-    settle(model, agent.cache_config.quant_policy, agent.model_path, agent.model_config.num_key_value_heads, rank,
-           world_size, quiet=agent.rank != 0)
+    settle(model, policy, agent.model_path, agent.model_config.num_key_value_heads, rank, world_size,
+           quiet=agent.rank != 0)
+
+
+def has_static_scales(quant_policy: int) -> bool:
+    """True for policies that this file is about."""
+    fmt = find_format(quant_policy)
+    return fmt is not None and not fmt.per_token_head
+
+
+def collect_checkpoint(model: torch.nn.Module, model_path: str) -> None:
+    """Read a checkpoint's scales, and nothing else of it, as loading its weights would.
+
+    Args:
+        model: LMDeploy's model, on any device (``meta`` will do).
+        model_path: folder with safetensors; other checkpoints have no scales that can be read alone.
+    """
+    from lmdeploy.pytorch.weight_loader.model_weight_loader import ModelWeightLoader
+    from safetensors import safe_open
+
+    def tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+        with safe_open(path, framework='pt') as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                if parse_name(name) is not None:
+                    yield name, file.get_tensor(name)
+
+    loader = ModelWeightLoader(model_path)
+    for path in loader._shard_paths if loader._weight_type == 'safetensors' else ():
+        list(loader._rename_weights_iterator(tensors(path), model))
 
 
 def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_heads: int, rank: int = 0,
@@ -118,9 +159,6 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
     """
     fmt, store = find_format(quant_policy), model_scales(model)
     if fmt is None or fmt.per_token_head:
-        if store.layers and int(quant_policy) == 0 and not quiet:
-            logger.warning('lmdeploy_kvq: the checkpoint carries scales of an FP8 KV cache, which quant_policy 0 '
-                           'ignores; serve with --quant-policy fp8 to use them.')
         store.settled = True
         store.layers.clear()
         return []
@@ -199,26 +237,3 @@ def _report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], defaults: int
         logger.warning(f'lmdeploy_kvq: {defaults} of {len(audit)} layers have no {fmt.name} scale and use 1.0; values '
                        f'beyond {fmt.key.codec.qmax:g} saturate. Put {FILE_NAME} beside the model, pass --kv-scales '
                        'PATH, or use fp8_per_token_head, which needs no scales.')
-
-
-def quantization_config(original: Callable[..., Any], cls: type, hf_config: Any) -> Any:
-    """``QuantizationConfig.from_config`` for checkpoints of which only the KV cache is quantized."""
-    config = getattr(hf_config, 'quantization_config', None)
-    if isinstance(config, Mapping) and _only_kv_cache(config):
-        return cls()
-    return original(cls, hf_config)
-
-
-def _only_kv_cache(config: Mapping[str, Any]) -> bool:
-    """True if a quantization config leaves the weights alone; ValueError for weights that LMDeploy cannot load."""
-    method = config.get('quant_method')
-    if method == 'compressed-tensors':
-        return not config.get('config_groups') and bool(config.get('kv_cache_scheme'))
-    if method == 'modelopt':
-        weights = config.get('quant_algo')
-        if weights not in (None, 'None', ''):
-            raise ValueError(f'modelopt checkpoints with quantized weights (quant_algo {weights}) are not supported; '
-                             'those that quantize only the KV cache (kv_cache_quant_algo) are')
-        return True
-    return False
-
