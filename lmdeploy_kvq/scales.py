@@ -6,6 +6,7 @@ KV head. The names and rules are vLLM's KV-cache scale loading; the file is safe
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -197,18 +198,46 @@ def _read_json(path: Path) -> ScaleFile:
 
 
 def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
-               metadata: Mapping[str, str]) -> None:
-    """Write a safetensors scale file.
+               metadata: Mapping[str, str],
+               statistics: Mapping[int, Mapping[str, torch.Tensor]] | None = None) -> None:
+    """Write a safetensors scale file, complete or not at all.
 
     Args:
         path: where to.
         layers: layer index to (K scale, V scale), each a scalar or [kv_heads].
-        metadata: strings to keep with them: format, model, data, date.
+        metadata: strings to keep with them: format, model, fingerprint, data, date.
+        statistics: layer index to further tensors by name, which :func:`read_file` skips; no name ends like a scale's.
+
+    Raises:
+        ScaleError: scales that are not positive and finite.
     """
     from safetensors.torch import save_file
-    tensors = {f'model.layers.{layer}.self_attn.{which}_scale': scale.detach().float().cpu().contiguous().clone()
-               for layer, pair in layers.items() for which, scale in zip('kv', pair)}
-    save_file(tensors, str(path), metadata=dict(metadata))
+    tensors = {}
+    for layer, pair in layers.items():
+        named = dict(zip(('k_scale', 'v_scale'), pair))
+        for what, scale in named.items():
+            check_value(f'layer {layer}', what, scale)
+        for what, tensor in {**(statistics or {}).get(layer, {}), **named}.items():
+            tensors[f'model.layers.{layer}.self_attn.{what}'] = tensor.detach().float().cpu().contiguous().clone()
+    path = Path(path)
+    unfinished = path.with_name(path.name + '.part')
+    save_file(tensors, str(unfinished), metadata=dict(metadata))
+    unfinished.replace(path)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Short hash of what a model is: its config.json and the index or headers of its safetensors, no weights.
+
+    Models of one architecture and shape whose weights alone differ (fine-tunings) have the same.
+    """
+    folder, digest = Path(folder), hashlib.sha256()
+    for path in (folder / 'config.json', folder / 'model.safetensors.index.json'):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    for path in sorted(folder.glob('model*.safetensors')):
+        with path.open('rb') as file:  # the format: 8 bytes of length, little endian, then a JSON header
+            digest.update(file.read(int.from_bytes(file.read(8), 'little')))
+    return digest.hexdigest()[:16]
 
 
 def validate(file: ScaleFile, layers: Iterable[int], num_kv_heads: int) -> None:

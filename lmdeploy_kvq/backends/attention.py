@@ -12,6 +12,7 @@ from ..kernels.decode import decode
 from ..kernels.fill import TokenLayout, fill
 from ..kernels.flatten import NewTokens, flatten
 from ..paged import PagedCache
+from . import observer
 
 
 def prefill_reads_cache() -> bool:
@@ -32,6 +33,8 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
     """``TritonAttentionImpl.forward`` / ``FA3Impl.forward``: ours where the policy is ours, else the original."""
     fmt = find_format(attn_metadata.quant_policy)
     if fmt is None:
+        if observer.ACTIVE is not None:
+            observer.ACTIVE.see(impl, query, key, value, attn_metadata)
         return original(impl, query, key, value, k_cache, v_cache, attn_metadata, k_scales_zeros=k_scales_zeros,
                         v_scales_zeros=v_scales_zeros, learnable_sink=learnable_sink, inplace=inplace, **kwargs)
     cache = page_views(fmt, k_cache, v_cache, k_scales_zeros, v_scales_zeros)

@@ -11,8 +11,19 @@ from typing import Any
 import torch
 from lmdeploy.utils import get_logger
 
-from ..formats import KVFormat, find_format
-from ..scales import FILE_NAME, LayerScales, ScaleError, parse_name, read_file, shard, validate
+from ..formats import FORMATS, KVFormat, find_format
+from ..scales import (
+    FILE_NAME,
+    LayerScales,
+    ScaleError,
+    ScaleFile,
+    fingerprint,
+    parse_name,
+    read_file,
+    shard,
+    validate,
+)
+from . import observer
 from .checkpoints import advise, declares_fp8_cache
 
 logger = get_logger('lmdeploy')
@@ -111,6 +122,8 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
     world_size, rank = get_tp_world_rank('attn')
     settle(model, policy, agent.model_path, agent.model_config.num_key_value_heads, rank, world_size,
            quiet=agent.rank != 0)
+    if observer.ACTIVE is not None:
+        observer.ACTIVE.attach({layer_index(name): module for name, module in attention_layers(model).items()})
 
 
 def has_static_scales(quant_policy: int) -> bool:
@@ -203,13 +216,31 @@ def layer_index(name: str) -> int:
 def check_file(model_config: Any, quant_policy: int) -> None:
     """Before anything is loaded: a scale file that is there must fit the model's configuration."""
     fmt = find_format(quant_policy)
-    path, _ = scale_file(getattr(model_config.hf_config, 'name_or_path', ''))
+    model_path = getattr(model_config.hf_config, 'name_or_path', '')
+    path, _ = scale_file(model_path)
     if fmt is None or fmt.per_token_head or path is None:
         return
     file = read_file(path)
+    check_origin(file, fmt, model_path)
     hybrid = getattr(model_config.llm_config or model_config.hf_config, 'layer_types', None) is not None
     expected = file.layers if hybrid else range(model_config.num_layers)  # which layers attend is known once built
     validate(file, expected, model_config.num_key_value_heads)
+
+
+def check_origin(file: ScaleFile, fmt: KVFormat, model_path: str) -> None:
+    """Compare a file's metadata with what is served: another model gets a warning.
+
+    Raises:
+        ScaleError: scales made for a wider format: nearly all values would saturate.
+    """
+    made_for = next((f for f in FORMATS if f.name == file.metadata.get('format')), fmt)
+    if made_for.key.codec.qmax > fmt.key.codec.qmax or made_for.value.codec.qmax > fmt.value.codec.qmax:
+        raise ScaleError(f'scale file {file.path} is for {made_for.name}, whose codes reach further than those of '
+                         f'{fmt.name}; run lmdeploy-kvq calibrate --format {fmt.name}, or serve {made_for.name}')
+    theirs = file.metadata.get('fingerprint')
+    if theirs and Path(model_path, 'config.json').is_file() and theirs != fingerprint(model_path):
+        logger.warning(f'lmdeploy_kvq: scale file {file.path} was made for another model '
+                       f'({file.metadata.get("model", theirs)}); its scales are used all the same')
 
 
 @torch.inference_mode()  # LMDeploy makes its buffers inference tensors
