@@ -134,8 +134,8 @@ def model_folder(model: str) -> str:
     if (Path(model).expanduser() / 'config.json').is_file():
         return str(Path(model).expanduser())
     try:
-        if Path(model).exists():
-            raise FileNotFoundError('no config.json in it')
+        if Path(model).expanduser().exists() or model.startswith(('/', '.', '~')):
+            raise FileNotFoundError('no folder with a config.json')
         from huggingface_hub import snapshot_download
         return snapshot_download(model)
     except Exception as error:  # the hub has its own for names, networks and permissions: the first line says which

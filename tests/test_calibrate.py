@@ -185,7 +185,7 @@ def test_mistakes_are_said_in_a_sentence(folder, tmp_path, more, message, capsys
 
 
 def test_what_is_no_model_or_no_text(folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r'is no model: FileNotFoundError: no config\.json'):
+    with pytest.raises(UserError, match=r'is no model: FileNotFoundError: no folder with a config\.json'):
         calibrate.model_folder(str(tmp_path))
     monkeypatch.setattr('sys.stdin', io.StringIO(''))
     args = cli.build_parser().parse_args(arguments(folder, tmp_path / 'x.safetensors', '--data', '-'))

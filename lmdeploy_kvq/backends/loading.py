@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from lmdeploy.utils import get_logger
 
+from .._autoload import SCALES
 from ..formats import FORMATS, KVFormat, find_format
+from ..reference import MAX_INPUT
 from ..scales import (
     FILE_NAME,
     LayerScales,
@@ -27,9 +29,6 @@ from . import observer
 from .checkpoints import advise, declares_fp8_cache
 
 logger = get_logger('lmdeploy')
-
-SCALES = 'LMDEPLOY_KVQ_SCALES'
-"""Environment variable (``--kv-scales`` sets it): a scale file, or ``strict``."""
 
 
 @dataclass
@@ -190,14 +189,18 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
     defaults = [row[0] for row in audit if row[3] == 'default']
     if strict and defaults:
         raise ScaleError(f'--kv-scales strict: no scales for {len(defaults)} of {len(audit)} layers, the first is '
-                         f'{defaults[0]}; put {FILE_NAME} beside the model, or serve a per-token-head format')
+                         f'{defaults[0]}; run lmdeploy-kvq calibrate MODEL -o MODEL/{FILE_NAME}, or serve a '
+                         'per-token-head format')
     if not quiet:
-        _report(fmt, audit, len(defaults), path)
+        _report(fmt, audit, path)
     return audit
 
 
 def scale_file(model_path: str) -> tuple[str | None, bool]:
-    """Path of the scale file to use, or None, and whether layers without a scale are refused."""
+    """Path of the scale file to use, or None, and whether layers without a scale are refused.
+
+    ``--kv-scales`` sets the environment variable: a path, or ``strict``.
+    """
     given = os.environ.get(SCALES, '').strip()
     beside = Path(model_path or '.') / FILE_NAME
     if given and given != 'strict':
@@ -260,11 +263,20 @@ def _text(scale: torch.Tensor) -> str:
     return f'{float(scale):.6g}' if scale.numel() == 1 else f'{float(scale.min()):.6g}..{float(scale.max()):.6g}'
 
 
-def _report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], defaults: int, path: str | None) -> None:
+def _report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], path: str | None) -> None:
     width = max((len(row[0]) for row in audit), default=0)
     lines = [f'{name:<{width}}  k_scale {k:<12}  v_scale {v:<12}  {source}' for name, k, v, source in audit]
     logger.info('lmdeploy_kvq: scales of %s%s\n%s', fmt.name, f' from {path}' if path else '', '\n'.join(lines))
-    if defaults and fmt.key.codec.qmax < 1000:  # e5m2 has range to spare
-        logger.warning(f'lmdeploy_kvq: {defaults} of {len(audit)} layers have no {fmt.name} scale and use 1.0; values '
-                       f'beyond {fmt.key.codec.qmax:g} saturate. Put {FILE_NAME} beside the model, pass --kv-scales '
-                       'PATH, or use fp8_per_token_head, which needs no scales.')
+    warning = default_warning(fmt, audit)
+    if warning:
+        logger.warning(f'lmdeploy_kvq: {warning}')
+
+
+def default_warning(fmt: KVFormat, audit: list[tuple[str, str, str, str]]) -> str | None:
+    """What to say of layers that fall back to 1.0; None where there are none, or the format has range to spare."""
+    defaults = sum(row[3] == 'default' for row in audit)
+    if not defaults or fmt.key.codec.qmax >= MAX_INPUT / 2:
+        return None
+    return (f'{defaults} of {len(audit)} layers have no {fmt.name} scale and use 1.0; values beyond '
+            f'{fmt.key.codec.qmax:g} saturate. Run lmdeploy-kvq calibrate MODEL -o MODEL/{FILE_NAME}, pass --kv-scales '
+            'PATH, or use fp8_per_token_head, which needs no scales.')
