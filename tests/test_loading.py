@@ -300,39 +300,54 @@ def test_policy_none_is_advised_where_the_configuration_declares_an_fp8_cache(tm
         assert all('--quant-policy fp8 ' in line for line in lines) and cache_config.quant_policy == policy
 
 
-def agent_of(model, folder: Path, policy: int, empty: bool):
-    """What BaseModelAgent._build_model works with, as far as scales are concerned."""
+def build(folder: Path, policy: int, empty: bool = False, before=None):
+    """LMDeploy's own ``BaseModelAgent._build_model`` with what it needs of an agent, on the CPU; returns the agent."""
     from types import SimpleNamespace
-    return SimpleNamespace(
-        patched_model=None if model is None else SimpleNamespace(get_model=lambda: model), rank=0,
-        model_path=str(folder), misc_config=SimpleNamespace(empty_init=empty),
-        cache_config=SimpleNamespace(quant_policy=policy),
-        model_config=SimpleNamespace(num_key_value_heads=2, hf_config=SimpleNamespace()))
+
+    from lmdeploy.pytorch.config import ModelConfig
+    from lmdeploy.pytorch.devices import DeviceContext, get_device_manager
+    from lmdeploy.pytorch.engine.model_agent.agent import BaseModelAgent
+    agent = SimpleNamespace(
+        patched_model=before, rank=0, model_path=str(folder), adapters=None, device='cpu', need_output=True,
+        strategy_factory=None, backend_config=SimpleNamespace(enable_deterministic=False),
+        misc_config=SimpleNamespace(empty_init=empty, language_model_only=False, dllm_config=None,
+                                    enable_return_routed_experts=False),
+        spec_agent=SimpleNamespace(build_model_context=lambda: None, num_spec_tokens=0),
+        cache_config=SimpleNamespace(quant_policy=policy, max_batches=8),
+        model_config=ModelConfig.from_pretrained(str(folder), dtype='float16', device_type='cuda'))
+    with get_device_manager().context(DeviceContext(device_type='cuda')):
+        BaseModelAgent._build_model(agent)
+    return agent
+
+
+def wrapped(model):
+    """A model as its agent holds it once it serves: in a graph runner."""
+    from types import SimpleNamespace
+    return SimpleNamespace(get_model=lambda: model)
+
+
+def test_engines_build_their_models_with_scales(tmp_path, caplog):
+    """Through the patched method of LMDeploy's agent, with weights."""
+    write_model(tmp_path, 'Llama')
+    add_scales(tmp_path, {f'model.layers.{n}.self_attn.{x}_scale': value(n + 1.5) for n in range(2) for x in 'kv'})
+    agent = build(tmp_path, 16)
+    assert isinstance(agent.patched_model, torch.nn.Module) and buffers(agent.patched_model) == [(1.5, 1.5), (2.5, 2.5)]
+    for policy in IGNORING:
+        caplog.clear()
+        assert buffers(build(tmp_path, policy).patched_model) == [(1, 1)] * 2
+        assert ('carries scales of an FP8 KV cache' in caplog.text) == (policy == 0)
 
 
 def test_a_rebuilt_model_keeps_its_scales(tmp_path):
     """Level-2 wake-up: no weights are read, and the new model has the old one's scales, live updates included."""
-    from types import SimpleNamespace
-
     from lmdeploy.pytorch.weight_loader.model_weight_loader import ModelWeightLoader
-
-    from lmdeploy_kvq.backends.loading import build_model, settle
     write_model(tmp_path, 'Llama')
     add_scales(tmp_path, {f'model.layers.{n}.self_attn.{x}_scale': value(n + 1.5) for n in range(2) for x in 'kv'})
-
-    def rebuild(agent):
-        rebuilt = load(tmp_path, weights=False)
-        agent.patched_model = SimpleNamespace(get_model=lambda: rebuilt)
-
-    agent = agent_of(None, tmp_path, 16, empty=True)
-    build_model(rebuild, agent)
-    assert buffers(agent.patched_model.get_model()) == [(1.5, 1.5), (2.5, 2.5)], 'no weights, the checkpoint\'s scales'
-
-    model = load(tmp_path)
-    settle(model, 16, str(tmp_path), 2)
+    first = build(tmp_path, 16, empty=True)
+    assert buffers(first.patched_model) == [(1.5, 1.5), (2.5, 2.5)], "no weights, the checkpoint's scales"
+    model = first.patched_model
     update = iter([('model.layers.0.self_attn.k_scale', value(7.0))])
     assert list(ModelWeightLoader._rename_weights_iterator(update, model)) == []
-    agent = agent_of(model, tmp_path, 16, empty=True)
-    build_model(rebuild, agent)
-    assert agent.patched_model.get_model() is not model
-    assert buffers(agent.patched_model.get_model()) == [(7.0, 1.5), (2.5, 2.5)]
+    model.to('meta')
+    again = build(tmp_path, 16, empty=True, before=wrapped(model)).patched_model
+    assert again is not model and buffers(again) == [(7.0, 1.5), (2.5, 2.5)]

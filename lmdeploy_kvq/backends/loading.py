@@ -109,10 +109,10 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
     before = agent.patched_model
     original(agent)
     from lmdeploy.pytorch.distributed import get_tp_world_rank
-    model, policy = agent.patched_model.get_model(), agent.cache_config.quant_policy
+    model, policy = bare_model(agent.patched_model), agent.cache_config.quant_policy
     if agent.misc_config.empty_init:
         if before is not None:
-            model_scales(model).layers.update(model_scales(before.get_model()).layers)
+            model_scales(model).layers.update(model_scales(bare_model(before)).layers)
         elif has_static_scales(policy):
             collect_checkpoint(model, agent.model_path)
     if model_scales(model).layers and int(policy) == 0 and agent.rank == 0 \
@@ -123,6 +123,11 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
            quiet=agent.rank != 0)
     if observer.ACTIVE is not None:
         observer.ACTIVE.attach({layer_index(name): module for name, module in attention_layers(model).items()})
+
+
+def bare_model(patched: Any) -> torch.nn.Module:
+    """The model of an agent, which is wrapped for CUDA graphs some time after it is built."""
+    return patched if isinstance(patched, torch.nn.Module) else patched.get_model()
 
 
 def has_static_scales(quant_policy: int) -> bool:
