@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,32 +76,50 @@ def run(args: argparse.Namespace) -> int:
     if not pieces:
         raise UserError(f'{source} holds no text to run')
     from .kvstats import ModelStatistics
-    statistics, partial = ModelStatistics(), False
-    with _progress(sum(map(len, pieces))) as advance:
-        try:
-            engine = _observe(args, folder, pieces, statistics, advance)
-        except KeyboardInterrupt:
-            partial, engine = True, 'interrupted'
-    if partial and not statistics.complete:
-        print('lmdeploy-kvq: interrupted before anything was seen; nothing is written', file=sys.stderr)
-        return 130
-    write(args, folder, statistics, {'data': source, 'engine': engine, 'partial': str(partial).lower()})
+    statistics, partial, engine = ModelStatistics(), False, _engine(args.engine)
+    with ExitStack() as closing:  # the engine is closed when the file is written
+        with _progress(sum(map(len, pieces))) as advance:
+            try:
+                _observe(engine, args, folder, pieces, statistics, advance, closing)
+            except KeyboardInterrupt:
+                partial = True
+        if partial and not statistics.complete:
+            print('lmdeploy-kvq: interrupted before anything was seen; nothing is written', file=sys.stderr)
+            return 130
+        write(args, folder, statistics, {'data': source, 'engine': engine, 'partial': str(partial).lower()})
     return 130 if partial else 0
 
 
-def _observe(args: argparse.Namespace, folder: str, pieces: list[list[int]], statistics: ModelStatistics,
-             done: Callable[[int], None]) -> str:
-    """Run the pieces; returns what ran them."""
+def _engine(asked: str) -> str:
     import torch
-    if args.engine == 'lmdeploy' and not torch.cuda.is_available():
+    if asked == 'lmdeploy' and not torch.cuda.is_available():
         raise UserError('--engine lmdeploy needs a GPU; --engine transformers runs anywhere')
-    if args.engine != 'transformers' and torch.cuda.is_available():
+    return asked if asked != 'auto' else 'lmdeploy' if torch.cuda.is_available() else 'transformers'
+
+
+def _observe(engine: str, args: argparse.Namespace, folder: str, pieces: list[list[int]], statistics: ModelStatistics,
+             done: Callable[[int], None], closing: ExitStack) -> None:
+    """Run the pieces."""
+    if engine == 'lmdeploy':
+        attach()
         from .backends import observer
-        observer.observe(folder, pieces, args.length, args.new_tokens, statistics, done)
-        return 'lmdeploy'
-    from . import hf_observer
-    hf_observer.observe(hf_observer.load(folder), pieces, args.new_tokens, statistics, done)
-    return 'transformers'
+        observer.observe(folder, pieces, args.length, args.new_tokens, statistics, done, closing)
+    else:
+        from . import hf_observer
+        hf_observer.observe(hf_observer.load(folder), pieces, args.new_tokens, statistics, done)
+
+
+def attach() -> None:
+    """Attach to LMDeploy in this process, also where ``LMDEPLOY_KVQ=0`` keeps servers as they are.
+
+    Raises:
+        UserError: an LMDeploy that this package does not know.
+    """
+    from .hook import install
+    try:
+        install()
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
 
 
 def read_data(data: str | None) -> tuple[str, str]:

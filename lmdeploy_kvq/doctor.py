@@ -21,7 +21,7 @@ from importlib import metadata
 from typing import Any
 
 from . import _autoload
-from .calibrate import STATIC, model_folder
+from .calibrate import STATIC, attach, model_folder
 from .capacity import CacheShape, gain
 from .console import UserError, table, wrapped
 from .environment import find_gpus, package_problems, reason, version, versions
@@ -88,8 +88,7 @@ def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, An
         raise UserError(f'{fmt.name} computes its scales as tokens are written; static scales have '
                         f'{", ".join(f.name for f in STATIC)}')
     folder = model_folder(model)
-    import torch  # noqa: F401 - first, so that the hook is loaded before LMDeploy
-
+    attach()
     from .backends import audit as backend
     from .backends.loading import default_warning, scale_file
     report: dict[str, Any] = {'model': folder, 'format': fmt.name, 'scale_file': scale_file(folder)[0], 'layers': []}

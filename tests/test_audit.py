@@ -110,3 +110,18 @@ def test_a_file_of_another_model_is_used_with_a_warning(folder, caplog):
                {'fingerprint': '0' * 16, 'model': 'another'})
     assert [row[3] for row in audit.audit(str(folder), 16)] == ['file'] * 2
     assert 'was made for another model (another)' in caplog.text
+
+
+def test_it_works_where_servers_opted_out(folder):
+    """In a fresh process with LMDEPLOY_KVQ=0, where LMDeploy's loader alone would not know these names."""
+    import os
+    import subprocess
+    import sys
+    add_scales(folder, {'model.layers.0.self_attn.k_scale': value(0.5), 'model.layers.1.self_attn.k_scale': value(2.0)})
+    config = folder / 'config.json'
+    scheme = {'quant_method': 'compressed-tensors', 'config_groups': {}, 'kv_cache_scheme': {'num_bits': 8}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'quantization_config': scheme}))
+    done = subprocess.run([sys.executable, '-m', 'lmdeploy_kvq.cli', 'doctor', '--model', str(folder), '--json'],
+                          text=True, capture_output=True, timeout=200, env={**os.environ, 'LMDEPLOY_KVQ': '0'})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row['source'] for row in json.loads(done.stdout)['layers']] == ['checkpoint'] * 2

@@ -99,3 +99,10 @@ def test_calibrated_scales_serve_keys_beyond_the_range(tmp_path):
     rows = {(row['model'], row['scales']): row['mean_kl'] for row in
             json.loads((tmp_path / 'calibration_gain_engine.json').read_text())['rows']}
     assert rows['rescaled', '1.0'] > 10 * rows['original', '1.0'], 'scale 1.0 must show the difference'
+
+
+def test_the_metrics_endpoint_shows_saturation():
+    """Behind the stock server: keys beyond the range are seen with scale 1.0, and not once calibrated."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'saturation_check.py', '--model', MODEL], text=True,
+                          capture_output=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
