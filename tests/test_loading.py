@@ -240,6 +240,8 @@ def test_fp8_checkpoints_with_a_cache_scheme_load(tmp_path, block):
     assert (decoded - plain).norm() / plain.norm() < 0.03
 
 
+KV_ONLY = {'quant_method': 'compressed-tensors', 'config_groups': {}, 'kv_cache_scheme': {'num_bits': 8,
+                                                                                         'type': 'float'}}
 FP8_GROUP = {'group_0': {'targets': ['Linear'], 'weights': {'type': 'float', 'num_bits': 8, 'strategy': 'tensor'}}}
 
 
@@ -268,6 +270,18 @@ def test_modelopts_own_file_is_read(tmp_path):
     path.write_text(json.dumps({'quantization': {'quant_algo': 'FP8', 'kv_cache_quant_algo': 'FP8'}}))
     with pytest.raises(ValueError, match='quant_algo FP8'):
         load(tmp_path)
+    assert load(tmp_path, {'quantization_config': KV_ONLY}) is not None, 'config.json comes first'
+
+
+def test_files_of_the_working_folder_are_nobodys(tmp_path, monkeypatch):
+    """A configuration that comes from no folder is not mixed up with one that lies here."""
+    from types import SimpleNamespace
+
+    from lmdeploy_kvq.backends.checkpoints import declares_fp8_cache
+    (tmp_path / 'hf_quant_config.json').write_text(json.dumps({'quantization': {'kv_cache_quant_algo': 'FP8'}}))
+    monkeypatch.chdir(tmp_path)
+    assert not declares_fp8_cache(SimpleNamespace(name_or_path=''))
+    assert declares_fp8_cache(SimpleNamespace(name_or_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(('config', 'advised'), [

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def quantization_config(original: Callable[..., Any], cls: type, hf_config: Any)
     Raises:
         ValueError: weights that LMDeploy cannot load, by name.
     """
-    configs = list(_configs(hf_config))
+    configs = _configs(hf_config)
     for config in configs:
         _check_weights(config)
     if any(_only_kv_cache(config) for config in configs):
@@ -30,15 +30,17 @@ def quantization_config(original: Callable[..., Any], cls: type, hf_config: Any)
     return original(cls, hf_config)
 
 
-def _configs(hf_config: Any) -> Iterator[Mapping[str, Any]]:
-    """Quantization configs of a model: config.json's, a nested text model's, and ModelOpt's hf_quant_config.json."""
-    for owner in (hf_config, getattr(hf_config, 'llm_config', None), getattr(hf_config, 'text_config', None)):
-        config = getattr(owner, 'quantization_config', None)
-        if isinstance(config, Mapping):
-            yield {**config, **config.get('quantization', {})}
-    path = Path(getattr(hf_config, 'name_or_path', '') or '.', 'hf_quant_config.json')
-    if path.is_file():
-        yield {'quant_method': 'modelopt', **json.loads(path.read_text(encoding='utf-8')).get('quantization', {})}
+def _configs(hf_config: Any) -> list[Mapping[str, Any]]:
+    """A model's quantization configs: config.json's and a nested text model's, else ModelOpt's hf_quant_config.json."""
+    owners = (hf_config, getattr(hf_config, 'llm_config', None), getattr(hf_config, 'text_config', None))
+    found = [getattr(owner, 'quantization_config', None) for owner in owners]
+    configs: list[Mapping[str, Any]] = [
+        {**config, **(config.get('quantization') or {})} for config in found if isinstance(config, Mapping)]
+    folder = getattr(hf_config, 'name_or_path', '')
+    path = Path(folder, 'hf_quant_config.json')
+    if configs or not folder or not path.is_file():
+        return configs
+    return [{'quant_method': 'modelopt', **(json.loads(path.read_text(encoding='utf-8')).get('quantization') or {})}]
 
 
 def _check_weights(config: Mapping[str, Any]) -> None:
