@@ -103,8 +103,7 @@ def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, An
 
 def render_audit(report: dict[str, Any]) -> str:
     """The audit as plain text."""
-    lines = [wrapped(f'Scales of {report["format"]} for {report["model"]}; scale file: '
-                     f'{report["scale_file"] or "none"}')]
+    lines = [f'Scales of {report["format"]} for {report["model"]}', f'scale file: {report["scale_file"] or "none"}']
     if report['layers']:
         lines.append(table([tuple(row.values()) for row in report['layers']], AUDIT))
     lines += [wrapped(problem, '    ', '  - ') for problem in report['problems']]
