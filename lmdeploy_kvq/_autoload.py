@@ -11,7 +11,8 @@ import os
 import sys
 
 OPT_OUT = 'LMDEPLOY_KVQ'
-ENVIRONMENT = (OPT_OUT, 'LMDEPLOY_KVQ_PREFILL', 'LMDEPLOY_KVQ_SCALES')
+SCALES = 'LMDEPLOY_KVQ_SCALES'
+ENVIRONMENT = (OPT_OUT, 'LMDEPLOY_KVQ_PREFILL', SCALES)
 """Our environment variables, forwarded to Ray workers on other nodes."""
 
 _HOOK = f'{__package__}.hook'

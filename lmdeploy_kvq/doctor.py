@@ -5,6 +5,7 @@ Exit code 0: all is well (also when opted out with LMDEPLOY_KVQ=0); 1: there are
 examples:
   lmdeploy-kvq doctor
   lmdeploy-kvq doctor --json > report.json     for a bug report
+  lmdeploy-kvq doctor --model MODEL            the static scales that fp8 would use, and where they come from
 """
 from __future__ import annotations
 
@@ -20,11 +21,14 @@ from importlib import metadata
 from typing import Any
 
 from . import _autoload
+from .calibrate import STATIC, attach, model_folder
 from .capacity import CacheShape, gain
-from .console import table, wrapped
+from .console import UserError, table, wrapped
 from .environment import find_gpus, package_problems, reason, version, versions
-from .formats import FORMATS
+from .formats import FORMATS, get_format
 
+AUDIT = ('layer', 'k_scale', 'v_scale', 'source')
+SCALES = _autoload.SCALES
 HEAD_DIM = 128
 """Head size at which the table of formats is printed, the most common one."""
 
@@ -44,14 +48,66 @@ print({_MARK!r} + json.dumps(hook_state()))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``lmdeploy-kvq doctor``."""
     parser.add_argument('--json', action='store_true', help='print the report as JSON')
+    parser.add_argument('--model', metavar='MODEL', help='audit the static scales of a model instead; reads no weights')
+    parser.add_argument('--quant-policy', metavar='NAME', default=STATIC[0].name,
+                        help='format of the audit (default: %(default)s)')
+    parser.add_argument('--kv-scales', metavar='PATH|strict', help='as in `lmdeploy serve`')
 
 
 def run(args: argparse.Namespace) -> int:
     """``lmdeploy-kvq doctor``: print the report; returns 0, or 1 if there are problems."""
     with contextlib.redirect_stdout(sys.stderr):  # imported packages may print: keep the report's stream clean
-        report = collect()
-    print(json.dumps(report, indent=1) if args.json else render(report))
+        report = collect() if args.model is None else audit(args.model, args.quant_policy, args.kv_scales)
+    text = render(report) if args.model is None else render_audit(report)
+    print(json.dumps(report, indent=1) if args.json else text)
     return 1 if report['problems'] else 0
+
+
+def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, Any]:
+    """The static scales that an engine would use, as JSON-able values.
+
+    Args:
+        model: folder, or name on the hub.
+        policy: a format with static scales.
+        kv_scales: a scale file, ``strict``, or None; None leaves it to ``LMDEPLOY_KVQ_SCALES``.
+
+    Returns:
+        ``model``, ``format``, ``scale_file`` (path or None), ``layers`` (layer, k_scale, v_scale, source), and
+        ``problems``: what the engine would refuse or warn of.
+
+    Raises:
+        UserError: no such model, or a format without static scales.
+    """
+    if kv_scales is not None:
+        os.environ[SCALES] = kv_scales
+    try:
+        fmt = get_format(policy)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if fmt not in STATIC:
+        raise UserError(f'{fmt.name} computes its scales as tokens are written; static scales have '
+                        f'{", ".join(f.name for f in STATIC)}')
+    folder = model_folder(model)
+    attach()
+    from .backends import audit as backend
+    from .backends.loading import default_warning, scale_file
+    report: dict[str, Any] = {'model': folder, 'format': fmt.name, 'scale_file': scale_file(folder)[0], 'layers': []}
+    try:
+        rows = backend.audit(folder, fmt.policy)
+    except ValueError as error:
+        return {**report, 'problems': [str(error)]}
+    report['layers'] = [dict(zip(AUDIT, row)) for row in rows]
+    warning = default_warning(fmt, rows)
+    return {**report, 'problems': [warning] if warning else []}
+
+
+def render_audit(report: dict[str, Any]) -> str:
+    """The audit as plain text."""
+    lines = [f'Scales of {report["format"]} for {report["model"]}', f'scale file: {report["scale_file"] or "none"}']
+    if report['layers']:
+        lines.append(table([tuple(row.values()) for row in report['layers']], AUDIT))
+    lines += [wrapped(problem, '    ', '  - ') for problem in report['problems']]
+    return '\n'.join([*lines, *([] if report['problems'] else ['OK'])])
 
 
 def collect() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 SCALE_BITS = 32  # scales are stored in fp32: bf16 scales were measured to double int8's error
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 GROUP = 16
-"""Pages are made of blocks of GROUP tokens by GROUP elements in the order of tensor-core fragments (docs/formats.md)."""
+"""Pages are made of blocks of GROUP tokens by GROUP elements, in the order of tensor-core fragments."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Needs transformers >= 5, which this package does not install.
 """
 from __future__ import annotations
 
-import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .formats import KVFormat, get_format
 from .reference import decode, encode
+from .scales import ScaleError, read_file
 
 
 class QuantizedLayer(DynamicLayer):
@@ -142,16 +143,29 @@ class QuantizedCache(Cache):
         fmt: format, name, alias or policy.
         k_scale, v_scale: scale of static encodings (the other formats ignore it): a number or fp32 [kv_heads], for all
             layers.
+        scales: a scale file with one pair per layer, instead.
 
     Raises:
-        ValueError: unknown format; or, at the first update, head sizes it cannot store.
+        ValueError: unknown format, a scale file that cannot be used; or, at the first update, head sizes that the
+            format cannot store, or a layer that the file does not have.
     """
 
     def __init__(self, fmt: str | int | KVFormat, k_scale: float | torch.Tensor = 1.0,
-                 v_scale: float | torch.Tensor = 1.0):
+                 v_scale: float | torch.Tensor = 1.0, scales: str | Path | None = None):
         self.format = get_format(fmt)
-        scales = [torch.as_tensor(scale, dtype=torch.float32) for scale in (k_scale, v_scale)]
-        super().__init__(layer_class_to_replicate=functools.partial(QuantizedLayer, self.format, *scales))
+        self._all = tuple(torch.as_tensor(scale, dtype=torch.float32) for scale in (k_scale, v_scale))
+        self._file = None if scales is None else read_file(scales)
+        super().__init__(layer_class_to_replicate=self._next_layer)
+
+    def _next_layer(self) -> QuantizedLayer:
+        """A further layer: transformers asks for them in their order."""
+        index = len(self.layers)
+        if self._file is None:
+            return QuantizedLayer(self.format, *self._all)
+        if index not in self._file.layers:
+            raise ScaleError(f'scale file {self._file.path} has no scales for layer {index}')
+        k, v, _ = self._file.layers[index].resolved(f'scale file {self._file.path}: layer {index}')
+        return QuantizedLayer(self.format, k, v)
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .formats import GROUP, Encoding, KVFormat, get_format, page_shape
+from .formats import GROUP, Encoding, KVFormat, get_format, page_shape, stored_dim
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -18,9 +18,9 @@ class PagedCache:
 
     Attributes:
         format: the entry of the format table.
-        k_codes: uint8 [blocks, kv_heads, block_size / 16, 16 * head_dim], v_codes: with v_head_dim; the last two axes are
-            contiguous. Codes stand in the order of tensor-core fragments (docs/formats.md), with head sizes rounded up
-            to 16; :attr:`k_rows` and :attr:`v_rows` show them token by token.
+        k_codes: uint8 [blocks, kv_heads, block_size / 16, 16 * head_dim], v_codes: with v_head_dim; the last two axes
+            are contiguous. Codes stand in the order of tensor-core fragments (docs/formats.md), with head sizes
+            rounded up to 16; :attr:`k_rows` and :attr:`v_rows` show them token by token.
         head_dim, v_head_dim: elements of a K row and of a V row.
         k_scales, v_scales: fp32 [blocks, kv_heads, block_size], or None for a static encoding.
         k_static_scale, v_static_scale: fp32 scalar or [kv_heads], or None for a per-token-head encoding.
@@ -123,6 +123,13 @@ class PagedCache:
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The kernels' pointers, in their order: codes of K and V, their scales, their static scales."""
         return self.k_codes, self.v_codes, self.k_scales, self.v_scales, self.k_static_scale, self.v_static_scale
+
+    def sizes(self) -> dict[str, int]:
+        """The kernels' constants: elements of a row, as given, as stored and as a power of two, and tokens per page."""
+        sizes = {'PAGE': self.block_size}
+        for suffix, stored, dim in (('D', 'STORED', self.head_dim), ('DV', 'STORED_V', self.v_head_dim)):
+            sizes |= {suffix: dim, stored: stored_dim(dim), f'BLOCK_{suffix}': 1 << (dim - 1).bit_length()}
+        return sizes
 
     def strides(self) -> tuple[int, ...]:
         """The kernels' strides, in their order; zeros where there is nothing to step over.

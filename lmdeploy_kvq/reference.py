@@ -82,10 +82,10 @@ def _pages(cache: PagedCache, slots: torch.Tensor) -> list[tuple[Any, ...]]:
     """Of K and of V: encoding, row size, codes token by token, their index by ``slots``, and the two kinds of scale."""
     block, offset = slots // cache.block_size, slots % cache.block_size
     group = offset // GROUP
-    return [(cache.format.key, cache.head_dim, cache.k_rows, (block, slice(None), group, offset // 8 % 2, offset % 8),
-             cache.k_scales, cache.k_static_scale),
-            (cache.format.value, cache.v_head_dim, cache.v_rows, (block, slice(None), group, offset // 4 % 4, offset % 4),
-             cache.v_scales, cache.v_static_scale)]
+    of_k = (block, slice(None), group, offset // 8 % 2, offset % 8)
+    of_v = (block, slice(None), group, offset // 4 % 4, offset % 4)
+    return [(cache.format.key, cache.head_dim, cache.k_rows, of_k, cache.k_scales, cache.k_static_scale),
+            (cache.format.value, cache.v_head_dim, cache.v_rows, of_v, cache.v_scales, cache.v_static_scale)]
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:

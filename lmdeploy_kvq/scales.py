@@ -6,12 +6,14 @@ KV head. The names and rules are vLLM's KV-cache scale loading; the file is safe
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,33 +66,60 @@ def parse_name(name: str) -> ScaleName | None:
     return None
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerScales:
-    """What was found for one layer. Values are fp32: scalars, or one per KV head; None where nothing was found.
+    """What was found for one layer, unchecked: only a policy with static scales minds what is wrong with them.
 
     Attributes:
-        k, v: of K and of V; kv: one for both.
-        source: where they come from: ``file``, ``checkpoint`` or ``default``.
+        k, v: scale of K and of V; kv: one for both; None where nothing was found. A file's may be one per KV head.
+        zero_point: name of a zero point that is not zero; None: there is none.
+        source: where they come from: ``file``, ``checkpoint`` or ``calibrated`` (a file that calibration wrote).
     """
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
     kv: torch.Tensor | None = None
+    zero_point: str | None = None
     source: str = 'checkpoint'
 
+    def add(self, kind: str, name: str, tensor: torch.Tensor) -> LayerScales:
+        """These scales and one more tensor of the checkpoint.
+
+        Args:
+            kind: of :class:`ScaleName`.
+            name: the tensor's name in the checkpoint.
+            tensor: its value, any dtype and device.
+        """
+        if kind == 'unused':
+            return self
+        if kind == 'zero point':
+            return replace(self, zero_point=name) if torch.count_nonzero(tensor) else self
+        scale = tensor.detach().float().cpu()
+        found: dict[str, Any] = {kind: scale.reshape(()) if scale.numel() == 1 else scale}
+        return replace(self, **found)
+
     def resolved(self, layer: str) -> tuple[torch.Tensor, torch.Tensor, str]:
-        """K scale, V scale and their source: missing ones take the other's value, none at all means 1.0.
+        """fp32 K scale, V scale and their source: missing ones take the other's value, none at all means 1.0.
 
         Raises:
-            ScaleError: a value that is zero, negative, NaN or infinite.
+            ScaleError: a value that is zero, negative, NaN or infinite, a zero point, or several values where there
+                must be one.
         """
+        if self.zero_point is not None:
+            raise ScaleError(f'{layer}: {self.zero_point} is not zero; KV caches with zero points are not supported')
+        for what, scale in (('k_scale', self.k), ('v_scale', self.v), ('kv_scale', self.kv)):
+            if scale is None or _is_missing(scale):
+                continue
+            if self.source == 'checkpoint' and scale.numel() != 1:
+                raise ScaleError(f'{layer}: {what} has {scale.numel()} elements ({tuple(scale.shape)}); per-tensor '
+                                 f'scales only. Scales per KV head can come from a scale file ({FILE_NAME}); '
+                                 'per-token-head formats need none')
+            check_value(layer, what, scale)
         k, v = (found if found is not None else self.kv for found in (self.k, self.v))
         k, v = (None if x is None or _is_missing(x) else x for x in (k, v))
         k, v = (k if k is not None else v), (v if v is not None else k)
         if k is None or v is None:
             one = torch.ones((), dtype=torch.float32)
             return one, one, 'default'
-        for what, scale in (('k_scale', k), ('v_scale', v)):
-            check_value(layer, what, scale)
         return k, v, self.source
 
 
@@ -103,18 +132,6 @@ def check_value(layer: str, what: str, scale: torch.Tensor) -> None:
     bad = [float(x) for x in scale.flatten().float() if not (math.isfinite(x) and x > 0)]
     if bad:
         raise ScaleError(f'{layer}: {what} is {bad[0]:g}; scales must be positive and finite')
-
-
-def from_checkpoint(layer: str, what: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A checkpoint's scale as an fp32 scalar.
-
-    Raises:
-        ScaleError: more than one element: checkpoints of per-tensor formats have one scale per layer.
-    """
-    if tensor.numel() != 1:
-        raise ScaleError(f'{layer}: {what} has {tensor.numel()} elements ({tuple(tensor.shape)}); per-tensor scales '
-                         f'only. Scales per KV head can come from a scale file ({FILE_NAME})')
-    return tensor.detach().reshape(()).float().cpu()
 
 
 @dataclass
@@ -152,6 +169,8 @@ def _read_safetensors(path: Path) -> ScaleFile:
     from safetensors import safe_open
     layers: dict[int, LayerScales] = {}
     with safe_open(path, framework='pt') as file:
+        metadata = file.metadata() or {}
+        empty = LayerScales(source='calibrated' if 'method' in metadata else 'file')
         for key in file.keys():  # noqa: SIM118 - the file is no mapping
             match = _FILE_KEY.fullmatch(key)
             if match is None:
@@ -159,9 +178,9 @@ def _read_safetensors(path: Path) -> ScaleFile:
                     raise ScaleError(f'scale file {path}: unknown key {key!r}; scales are named '
                                      'model.layers.N.self_attn.k_scale and v_scale')
                 continue  # statistics kept beside the scales
-            setattr(layers.setdefault(int(match[1]), LayerScales(source='file')), match[2],
-                    file.get_tensor(key).float())
-        return ScaleFile(layers, file.metadata() or {}, str(path))
+            found: dict[str, Any] = {match[2]: file.get_tensor(key).float()}
+            layers[int(match[1])] = replace(layers.get(int(match[1]), empty), **found)
+        return ScaleFile(layers, metadata, str(path))
 
 
 def _read_json(path: Path) -> ScaleFile:
@@ -179,18 +198,46 @@ def _read_json(path: Path) -> ScaleFile:
 
 
 def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
-               metadata: Mapping[str, str]) -> None:
-    """Write a safetensors scale file.
+               metadata: Mapping[str, str],
+               statistics: Mapping[int, Mapping[str, torch.Tensor]] | None = None) -> None:
+    """Write a safetensors scale file, complete or not at all.
 
     Args:
         path: where to.
         layers: layer index to (K scale, V scale), each a scalar or [kv_heads].
-        metadata: strings to keep with them: format, model, data, date.
+        metadata: strings to keep with them: format, model, fingerprint, data, date.
+        statistics: layer index to further tensors by name, which :func:`read_file` skips; no name ends like a scale's.
+
+    Raises:
+        ScaleError: scales that are not positive and finite.
     """
     from safetensors.torch import save_file
-    tensors = {f'model.layers.{layer}.self_attn.{which}_scale': scale.detach().float().cpu().contiguous().clone()
-               for layer, pair in layers.items() for which, scale in zip('kv', pair)}
-    save_file(tensors, str(path), metadata=dict(metadata))
+    tensors = {}
+    for layer, pair in layers.items():
+        named = dict(zip(('k_scale', 'v_scale'), pair))
+        for what, scale in named.items():
+            check_value(f'layer {layer}', what, scale)
+        for what, tensor in {**(statistics or {}).get(layer, {}), **named}.items():
+            tensors[f'model.layers.{layer}.self_attn.{what}'] = tensor.detach().float().cpu().contiguous().clone()
+    path = Path(path)
+    unfinished = path.with_name(path.name + '.part')
+    save_file(tensors, str(unfinished), metadata=dict(metadata))
+    unfinished.replace(path)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Short hash of what a model is: its config.json and the index or headers of its safetensors, no weights.
+
+    Models of one architecture and shape whose weights alone differ (fine-tunings) have the same.
+    """
+    folder, digest = Path(folder), hashlib.sha256()
+    for path in (folder / 'config.json', folder / 'model.safetensors.index.json'):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    for path in sorted(folder.glob('model*.safetensors')):
+        with path.open('rb') as file:  # the format: 8 bytes of length, little endian, then a JSON header
+            digest.update(file.read(int.from_bytes(file.read(8), 'little')))
+    return digest.hexdigest()[:16]
 
 
 def validate(file: ScaleFile, layers: Iterable[int], num_kv_heads: int) -> None:

@@ -41,7 +41,7 @@ import configparser
 config = configparser.ConfigParser(interpolation=None)
 config.read('setup.cfg')
 extras = config['options.extras_require']
-lines = (extras['test'] + extras['dev']).splitlines()
+lines = (extras['tools'] + extras['test'] + extras['dev']).splitlines()
 print('setuptools>=70.1', *(line for line in lines if line and not line.startswith('lmdeploy-kvq[')), sep='\n')
 EOF
 pip "$torch" -r cpu-requirements.txt -r "$env/tools.txt"

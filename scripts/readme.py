@@ -137,7 +137,16 @@ def fill() -> str:
     return table(['KV heads x size', 'load', 'kernel', 'us', '% of copy', 'against bf16'], rows)
 
 
-PARTS = {'formats': formats, 'hooks': hooks, 'fill': fill, 'targets': targets, 'engine': engine, 'prefill': prefill,
+def calibration() -> str:
+    """What calibrated scales gain, as measured on a CPU."""
+    rows = [[row['model'], ' '.join([row['scales'], *(row[key] for key in ('method', 'granularity') if key in row)]),
+             f'{row["mean_kl"]:.4f}', f'{row["against_original_at_1"]:.2f}x', f'{row["top1_agreement"]:.1%}']
+            for row in results('calibration_gain')]
+    return table(['model', 'scales', 'mean KL', 'against the original at 1.0', 'same top token'], rows)
+
+
+PARTS = {'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
+         'engine': engine, 'prefill': prefill,
          'plots': partial(plots, 'engine', 'decode_context', 'decode_bandwidth'),
          'all-plots': partial(plots, folder='../benchmarks'),
          'decode': decode, **{f'decode-{name}': partial(decode, name) for name in PRESETS if name != 'targets'}}

@@ -19,8 +19,11 @@ from eval_engine import PROMPTS, passages, probe
 WAYS = {'tp=1': {}, 'tp=2 ray': {'tp': 2}, 'tp=2 mp': {'tp': 2, 'distributed_executor_backend': 'mp'}}
 
 
-def write_llama(folder: str, tokenizer_from: str, layers: int = 4, seed: int = 0) -> None:
-    """A random Llama (16 query and 8 KV heads of 128) in bf16, with another model's tokenizer."""
+def write_llama(folder: str, tokenizer_from: str, layers: int = 4, seed: int = 0, decisive: bool = True) -> None:
+    """A random Llama (16 query and 8 KV heads of 128) in bf16, with another model's tokenizer.
+
+    Decisive: its greedy tokens do not depend on rounding, and hardly on attention.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
@@ -30,11 +33,11 @@ def write_llama(folder: str, tokenizer_from: str, layers: int = 4, seed: int = 0
                          initializer_range=0.02, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id)
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
+    if decisive:
         # Random weights alone decide between near ties, which any change of summation order flips. The head answers
         # each token with another fixed one, far enough ahead that rounding does not matter.
-        model.model.embed_tokens.weight.mul_(15)
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight[torch.randperm(len(tokenizer))])
+        model.model.embed_tokens.weight.data.mul_(15)
+        model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data[torch.randperm(len(tokenizer))])
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

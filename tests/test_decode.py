@@ -220,7 +220,8 @@ def test_static_scales_per_head(fmt, device):
 
 
 @pytest.mark.parametrize('block_n, programs, window', [
-    (16, 1, None), (16, 2, 156), (16, 7, None), (16, 16, 156), (16, 60, None), (32, 5, None), (32, 60, 156), (64, 3, 171),
+    (16, 1, None), (16, 2, 156), (16, 7, None), (16, 16, 156), (16, 60, None), (32, 5, None), (32, 60, 156),
+    (64, 3, 171),
 ])
 @FORMATS
 def test_splits_change_nothing_but_rounding(fmt, block_n, programs, window, device):

@@ -89,3 +89,34 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path):
     for row in rows:
         assert row['equal_sequences'] == row['sequences']
         assert row['mean_kl'] < 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_two_gpus_apply_the_scales_of_their_heads(tmp_path):
+    """Scales per KV head under tp=2: log-probabilities of tp=1; the script also checks that wrong heads would show."""
+    subprocess.run([sys.executable, SCRIPTS / 'tp_scales_check.py', '--tokenizer', MODEL, '--out', tmp_path,
+                    '--keep', tmp_path / 'llama'], check=True, timeout=400)
+
+
+def test_a_level_two_sleep_keeps_the_scales():
+    """Weights and cache are dropped and come back; scales and greedy tokens are the same."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'sleep_check.py', MODEL], text=True, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def test_calibrated_scales_serve_keys_beyond_the_range(tmp_path):
+    """By the command, in LMDeploy's engine: the limits are in scripts/calibration_gain.py."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'calibration_gain.py', '--engine', '--model', MODEL, '--out',
+                           tmp_path], text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    rows = {(row['model'], row['scales']): row['mean_kl'] for row in
+            json.loads((tmp_path / 'calibration_gain_engine.json').read_text())['rows']}
+    assert rows['rescaled', '1.0'] > 10 * rows['original', '1.0'], 'scale 1.0 must show the difference'
+
+
+def test_the_metrics_endpoint_shows_saturation():
+    """Behind the stock server: keys beyond the range are seen with scale 1.0, and not once calibrated."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'saturation_check.py', '--model', MODEL], text=True,
+                          capture_output=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

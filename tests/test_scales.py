@@ -1,4 +1,4 @@
-"""Static scales: names, rules, files, sharding, and LMDeploy's real loader on small checkpoints of every scheme."""
+"""Static scales: names, rules, files, validation, sharding."""
 from __future__ import annotations
 
 import json
@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lmdeploy_kvq.scales import (
     LayerScales,
     ScaleError,
     ScaleFile,
-    from_checkpoint,
     parse_name,
     read_file,
     shard,
@@ -34,6 +33,27 @@ TAILS = {'k_scale': 'k', 'v_scale': 'v', 'kv_scale': 'kv', 'k_proj.output_scale'
 def test_every_scale_name_is_recognized(owner, tail):
     found = parse_name(f'{owner}.{tail}')
     assert found is not None and found.owner == owner and found.kind == TAILS[tail]
+
+
+SEGMENTS = st.text(st.characters(codec='ascii', exclude_characters='.'), min_size=1, max_size=12)
+
+
+@given(st.lists(SEGMENTS, min_size=1, max_size=6), st.sampled_from(sorted(TAILS)))
+def test_names_are_taken_apart_wherever_they_stand(parts, tail):
+    """Any owner: the longest known tail is split off, and owner and tail give the name back."""
+    name = '.'.join([*parts, tail])
+    found = parse_name(name)
+    assert found is not None and name.startswith(found.owner + '.')
+    assert TAILS[name[len(found.owner) + 1:]] == found.kind == TAILS[tail]
+
+
+@given(st.lists(SEGMENTS, min_size=1, max_size=6))
+def test_other_names_are_left_alone(parts):
+    """What does not end in a known tail is a weight, and so is a tail without an owner."""
+    name = '.'.join(parts)
+    if not any(name.endswith('.' + tail) for tail in TAILS):
+        assert parse_name(name) is None
+    assert all(parse_name(tail) is None for tail in TAILS if '.' not in tail)
 
 
 @given(OWNERS, st.sampled_from(['weight', 'bias', 'k_proj.weight_scale', 'k_proj.input_scale', 'k_proj.weight',
@@ -67,9 +87,17 @@ def test_unusable_values_name_layer_and_value(bad):
 
 
 def test_checkpoint_scales_are_per_tensor():
-    assert from_checkpoint('l', 'k_scale', torch.tensor([[0.5]], dtype=torch.bfloat16)).shape == ()
+    found = LayerScales().add('k', 'n', torch.tensor([[0.5]], dtype=torch.bfloat16))
+    assert found.k.shape == () and found.k.dtype == torch.float32
+    found = LayerScales().add('k', 'n', torch.ones(4))
     with pytest.raises(ScaleError, match=r'model\.layers\.2: k_scale has 4 elements.*per-tensor scales only'):
-        from_checkpoint('model.layers.2', 'k_scale', torch.ones(4))
+        found.resolved('model.layers.2')
+    assert LayerScales(k=torch.ones(4), source='file').resolved('')[0].shape == (4, )
+
+
+def test_zero_points_that_are_zero_change_nothing():
+    found = LayerScales(k=value(0.5)).add('zero point', 'n', torch.zeros(4)).add('unused', 'q', value(math.nan))
+    assert found == LayerScales(k=found.k)
 
 
 def test_file_round_trip(tmp_path):
@@ -136,155 +164,3 @@ def test_ranks_share_the_heads(heads, world):
     repeat = max(world // heads, 1) if heads > 1 else world
     assert torch.equal(parts, scale.repeat_interleave(repeat) if world > heads or heads == 1 else scale)
     assert all(float(shard(value(0.5), heads, rank, world)) == 0.5 for rank in range(world))
-
-
-def write_model(folder: Path, family: str) -> None:
-    """A tiny random model of a family, as transformers saves it (fp16: LMDeploy asks the GPU about bf16)."""
-    import transformers
-    common = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=16, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-                  tie_word_embeddings=family == 'Gemma')
-    if family == 'Qwen3Moe':
-        common.update(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    if family in ('Mixtral', 'GptOss'):
-        common.update(num_local_experts=4, num_experts_per_tok=2)
-    config = getattr(transformers, f'{family}Config')(**common)
-    torch.manual_seed(0)
-    getattr(transformers, f'{family}ForCausalLM')(config).to(torch.float16).save_pretrained(folder)
-
-
-def load(folder: Path, config: dict | None = None):
-    """LMDeploy's model with the folder's weights, through its own loader."""
-    from lmdeploy.pytorch.config import ModelConfig
-    from lmdeploy.pytorch.devices import DeviceContext, get_device_manager
-    from lmdeploy.pytorch.models.patch import BuildModelContext, build_patched_model
-    from lmdeploy.pytorch.weight_loader.model_weight_loader import load_model_weights
-    if config is not None:
-        path = folder / 'config.json'
-        path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    model_config = ModelConfig.from_pretrained(str(folder), dtype='float16', device_type='cuda')
-    with get_device_manager().context(DeviceContext(device_type='cuda')):
-        model = build_patched_model(model_config, device='cpu',
-                                    build_model_ctx=BuildModelContext(quant_config=model_config.quant_config))
-        load_model_weights(model, str(folder), device='cpu')
-    return model
-
-
-def add_scales(folder: Path, scales: dict[str, torch.Tensor]) -> None:
-    """Put tensors into a checkpoint."""
-    path = folder / 'model.safetensors'
-    save_file(load_file(path) | scales, path, metadata={'format': 'pt'})
-
-
-def buffers(model) -> list[tuple[float, float]]:
-    from lmdeploy_kvq.backends.loading import attention_layers
-    return [(float(m.k_scale), float(m.v_scale)) for m in attention_layers(model).values()]
-
-
-SCHEMES = {
-    'vllm': ('self_attn.attn.k_scale', 'self_attn.attn.v_scale'),
-    'llmcompressor': ('self_attn.k_scale', 'self_attn.v_scale'),
-    'merged': ('self_attn.kv_scale', None),
-    'modelopt': ('self_attn.k_proj.k_scale', 'self_attn.v_proj.v_scale'),
-    'qkv': ('self_attn.qkv_proj.k_scale', 'self_attn.qkv_proj.v_scale'),
-    'output': ('self_attn.k_proj.output_scale', 'self_attn.v_proj.output_scale'),
-    'mixer': ('mixer.k_proj.k_scale', 'mixer.v_proj.v_scale'),
-    'cache': ('self_attn.k_cache.scale', 'self_attn.v_cache.scale'),
-    'k only': ('self_attn.k_scale', None),
-}
-
-
-@pytest.mark.parametrize('scheme', SCHEMES)
-def test_every_naming_scheme_loads(tmp_path, scheme):
-    """The real loader, which fails with a KeyError on these names without us."""
-    from lmdeploy_kvq.backends.loading import settle
-    write_model(tmp_path, 'Llama')
-    names = SCHEMES[scheme]
-    values = [(0.5, 0.25), (2.0, 4.0)]
-    add_scales(tmp_path, {f'model.layers.{layer}.{name}': value(values[layer][i])
-                          for layer in range(2) for i, name in enumerate(names) if name}
-               | {'model.layers.0.self_attn.q_scale': value(3.0), 'model.layers.1.self_attn.prob_scale': value(3.0)})
-    model = load(tmp_path)
-    audit = settle(model, 16, str(tmp_path), 2)
-    assert buffers(model) == [(k, v if names[1] else k) for k, v in values]
-    assert [row[3] for row in audit] == ['checkpoint'] * 2
-
-
-@pytest.mark.parametrize('family', ['Llama', 'Qwen2', 'Qwen3', 'Qwen3Moe', 'Mistral', 'Mixtral', 'Gemma',
-                                    pytest.param('GptOss', marks=pytest.mark.gpu)])
-def test_every_family_loads(tmp_path, family):
-    from lmdeploy_kvq.backends.loading import settle
-    write_model(tmp_path, family)
-    add_scales(tmp_path, {f'model.layers.{n}.self_attn.{x}_scale': value(n + 1.5) for n in range(2) for x in 'kv'})
-    model = load(tmp_path)
-    settle(model, 16, str(tmp_path), 2)
-    assert buffers(model) == [(1.5, 1.5), (2.5, 2.5)]
-
-
-def test_order_of_sources_strict_and_updates(tmp_path, monkeypatch):
-    """File before checkpoint before 1.0; buffers are filled in place; live updates follow; strict refuses defaults."""
-    from lmdeploy.pytorch.weight_loader.model_weight_loader import ModelWeightLoader
-
-    from lmdeploy_kvq.backends.loading import SCALES, attention_layers, settle
-    write_model(tmp_path, 'Llama')
-    model = load(tmp_path)
-    layers = attention_layers(model)
-    addresses = [m.k_scale.data_ptr() for m in layers.values()]
-    assert [row[3] for row in settle(model, 16, str(tmp_path), 2)] == ['default'] * 2 and buffers(model) == [(1, 1)] * 2
-    monkeypatch.setenv(SCALES, 'strict')
-    with pytest.raises(ScaleError, match='strict: no scales for 2 of 2 layers'):
-        settle(model, 16, str(tmp_path), 2)
-    monkeypatch.delenv(SCALES)
-
-    update = [('model.layers.1.self_attn.k_scale', value(0.125)), ('model.norm.weight', torch.ones(64))]
-    rest = list(ModelWeightLoader._rename_weights_iterator(iter(update), model))
-    assert [name for name, _ in rest] == ['model.norm.weight']
-    assert buffers(model) == [(1, 1), (0.125, 0.125)]
-    assert [m.k_scale.data_ptr() for m in layers.values()] == addresses
-
-    write_file(tmp_path / 'kv_scales.safetensors', {n: (value(n + 3.0), value(n + 5.0)) for n in range(2)}, {})
-    assert [row[3] for row in settle(model, 16, str(tmp_path), 2)] == ['file'] * 2
-    assert buffers(model) == [(3, 5), (4, 6)]
-    list(ModelWeightLoader._rename_weights_iterator(iter(update), model))
-    assert buffers(model) == [(3, 5), (4, 6)], 'a file overrides the checkpoint'
-
-    other = tmp_path / 'other.safetensors'
-    write_file(other, {n: (torch.tensor([1.0, 2.0]), value(7.0)) for n in range(2)}, {})
-    monkeypatch.setenv(SCALES, str(other))
-    settle(model, 16, str(tmp_path), 2, rank=1, world_size=2)
-    assert [(m.k_scale.tolist(), float(m.v_scale)) for m in layers.values()] == [([2.0], 7.0)] * 2
-
-
-def test_per_token_head_ignores_checkpoint_scales(tmp_path):
-    """Even unusable ones: placeholders stay 1.0, nothing is raised."""
-    from lmdeploy_kvq.backends.loading import settle
-    write_model(tmp_path, 'Llama')
-    add_scales(tmp_path, {'model.layers.0.self_attn.k_scale': value(0.0)})
-    model = load(tmp_path)
-    assert settle(model, 116, str(tmp_path), 2) == [] and buffers(model) == [(1, 1)] * 2
-    with pytest.raises(ScaleError, match=r'layers\.0.*k_scale is 0'):
-        settle(load(tmp_path), 16, str(tmp_path), 2)
-
-
-@pytest.mark.parametrize('config', [
-    {'quant_method': 'compressed-tensors', 'config_groups': {}, 'kv_cache_scheme': {'num_bits': 8, 'type': 'float'}},
-    {'quant_method': 'modelopt', 'quant_algo': None, 'kv_cache_quant_algo': 'FP8'},
-], ids=lambda c: c['quant_method'])
-def test_checkpoints_that_quantize_only_the_cache_load(tmp_path, config):
-    write_model(tmp_path, 'Llama')
-    add_scales(tmp_path, {'model.layers.0.self_attn.k_scale': value(0.5), 'model.layers.1.self_attn.k_scale': value(2)})
-    from lmdeploy_kvq.backends.loading import settle
-    model = load(tmp_path, {'quantization_config': config})
-    settle(model, 16, str(tmp_path), 2)
-    assert buffers(model) == [(0.5, 0.5), (2.0, 2.0)]
-
-
-def test_what_cannot_be_loaded_is_refused_by_name(tmp_path):
-    write_model(tmp_path, 'Llama')
-    with pytest.raises(ValueError, match=r'modelopt.*quant_algo FP8'):
-        load(tmp_path, {'quantization_config': {'quant_method': 'modelopt', 'quant_algo': 'FP8'}})
-    path = tmp_path / 'config.json'
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != 'quantization_config'}))
-    add_scales(tmp_path, {'model.layers.0.self_attn.k_zero_point': value(3.0)})
-    with pytest.raises(ScaleError, match=r'layers\.0.*k_zero_point.*zero points are not supported'):
-        load(tmp_path)

@@ -10,6 +10,7 @@ from ..formats import KVFormat, find_format
 from ..kernels.decode import decode
 from ..kernels.fill import TokenLayout, fill
 from ..paged import PagedCache
+from . import observer
 from .prefill import prefill, window_of
 
 
@@ -20,13 +21,15 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
     """``TritonAttentionImpl.forward`` / ``FA3Impl.forward``: ours where the policy is ours, else the original."""
     fmt = find_format(attn_metadata.quant_policy)
     if fmt is None:
+        if observer.ACTIVE is not None:
+            observer.ACTIVE.see(impl, query, key, value, attn_metadata)
         return original(impl, query, key, value, k_cache, v_cache, attn_metadata, k_scales_zeros=k_scales_zeros,
                         v_scales_zeros=v_scales_zeros, learnable_sink=learnable_sink, inplace=inplace, **kwargs)
     cache = page_views(fmt, k_cache, v_cache, query.size(-1), impl.v_head_size, k_scales_zeros, v_scales_zeros)
     batch = attn_metadata.q_seqlens.size(0)
     query_len = query.size(0) // batch if attn_metadata.is_decoding else 0
-    filled = key is not None and value is not None
-    if filled:
+    written = key is not None and value is not None
+    if key is not None and value is not None:
         fill(key, value, cache, TokenLayout(q_start=attn_metadata.q_start_loc, q_lens=attn_metadata.q_seqlens,
                                             kv_lens=attn_metadata.kv_seqlens, block_table=attn_metadata.block_offsets,
                                             uniform_query_len=query_len))
@@ -34,7 +37,7 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
         out = query.new_empty((*query.shape[:2], cache.v_head_dim))
         return decode(query, cache, attn_metadata.block_offsets, attn_metadata.kv_seqlens, out, query_len=query_len,
                       sm_scale=impl.scale, window=window_of(impl), softcap=_softcap(impl), sinks=learnable_sink,
-                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, inputs_ready=filled)
+                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, inputs_ready=written)
     return prefill(impl, query, key, value, cache, attn_metadata, learnable_sink)
 
 
@@ -46,8 +49,8 @@ def page_views(fmt: KVFormat, k_cache: torch.Tensor, v_cache: torch.Tensor, head
     static scale buffers.
     """
     per_k, per_v = fmt.key.per_token_head, fmt.value.per_token_head
-    return PagedCache(fmt, k_cache, v_cache, head_dim, v_head_dim, k_scale if per_k else None, v_scale if per_v else None,
-                      None if per_k else k_scale, None if per_v else v_scale)
+    return PagedCache(fmt, k_cache, v_cache, head_dim, v_head_dim, k_scale if per_k else None,
+                      v_scale if per_v else None, None if per_k else k_scale, None if per_v else v_scale)
 
 
 def _softcap(impl: Any) -> float | None:

@@ -8,6 +8,7 @@ import torch
 
 from ..formats import Encoding, KVFormat, find_format, page_shape
 from ..kernels.decode import MAX_BATCH, MAX_GROUP
+from .checkpoints import advise, declares_fp8_cache
 from .loading import check_file
 
 _NO_SCALES = ('MiniCPM3ForCausalLM', 'DeepseekV4ForCausalLM')
@@ -22,6 +23,8 @@ def finalize_cache_policy(original: Callable[..., None], model_configs: Sequence
         for model_config in model_configs:
             check_model(fmt, model_config, cache_config)
             check_file(model_config, cache_config.quant_policy)
+    elif int(cache_config.quant_policy) == 0 and any(declares_fp8_cache(config.hf_config) for config in model_configs):
+        advise('the configuration of this checkpoint declares an FP8 KV cache')
 
 
 def check_model(fmt: KVFormat, model_config: Any, cache_config: Any) -> None:

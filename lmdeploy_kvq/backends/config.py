@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lmdeploy.utils import get_logger
 
-from .._autoload import ENVIRONMENT
+from .._autoload import ENVIRONMENT, SCALES
 from ..formats import FORMATS, KVFormat, find_format, format_names
 from ..patching import Undo
 
@@ -133,7 +133,7 @@ def run_with_backend(original: Callable[..., Any], args: argparse.Namespace) -> 
     """Select the PyTorch engine for our policies, in one line of the log; refuse an explicit TurboMind."""
     scales = vars(args).pop('kv_scales', None)
     if scales is not None:  # workers inherit the environment; none of them sees the command line
-        os.environ['LMDEPLOY_KVQ_SCALES'] = scales if scales == 'strict' else os.path.abspath(scales)
+        os.environ[SCALES] = scales if scales == 'strict' else os.path.abspath(scales)
     fmt = find_format(getattr(args, 'quant_policy', 0))
     if fmt is not None and args.backend != 'pytorch':
         if not isinstance(args.backend, _DefaultBackend):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from lmdeploy.utils import get_logger
 
-from ..formats import KVFormat, find_format
-from ..scales import FILE_NAME, LayerScales, ScaleError, from_checkpoint, parse_name, read_file, shard, validate
+from .._autoload import SCALES
+from ..formats import FORMATS, KVFormat, find_format
+from ..reference import MAX_INPUT
+from ..scales import (
+    FILE_NAME,
+    LayerScales,
+    ScaleError,
+    ScaleFile,
+    fingerprint,
+    parse_name,
+    read_file,
+    shard,
+    validate,
+)
+from . import observer
+from .checkpoints import advise, declares_fp8_cache
 
 logger = get_logger('lmdeploy')
-
-SCALES = 'LMDEPLOY_KVQ_SCALES'
-"""Environment variable (``--kv-scales`` sets it): a scale file, or ``strict``."""
 
 
 @dataclass
@@ -27,10 +38,12 @@ class ModelScales:
     Attributes:
         layers: attention module's name to what its checkpoint says.
         heads: KV heads of the whole model, and this rank and the number of ranks among which they are split.
-        format: the format served, once known; then scales that arrive (live weight updates) are applied at once.
+        settled: the policy is known. What arrives then (live weight updates) is applied at once, or ignored.
+        format: the format served if it has static scales.
     """
     layers: dict[str, LayerScales] = field(default_factory=dict)
     heads: tuple[int, int, int] = (1, 0, 1)
+    settled: bool = False
     format: KVFormat | None = None
 
 
@@ -66,20 +79,18 @@ def _owner(owner: str, names: Sequence[str]) -> str | None:
 
 
 def _collect(model: torch.nn.Module, layer: str, kind: str, name: str, weight: torch.Tensor) -> None:
+    """Keep a checkpoint's tensor. It is checked when the policy is known: most policies ignore it."""
     store = model_scales(model)
-    if kind == 'unused':
-        return
-    if kind == 'zero point':
-        if torch.count_nonzero(weight):
-            raise ScaleError(f'{name}: KV caches with zero points are not supported')
-        return
-    per_token = store.format is not None and store.format.per_token_head
-    if per_token or (store.layers.get(layer) or LayerScales()).source == 'file':
-        return  # scales are computed as tokens are written, or a file overrides the checkpoint
-    scale = from_checkpoint(layer, name.rpartition('.')[2], weight)
-    setattr(store.layers.setdefault(layer, LayerScales()), kind, scale)
-    if store.format is not None:
-        _apply(attention_layers(model)[layer], *store.layers[layer].resolved(layer)[:2], store)
+    if store.settled and store.format is None:
+        return  # scales are computed as tokens are written, or the cache is not quantized by us
+    before = store.layers.get(layer, LayerScales())
+    if before.source != 'checkpoint':
+        return  # a file overrides the checkpoint
+    found = before.add(kind, name, weight)
+    if store.settled and found is not before:
+        k, v, _ = found.resolved(layer)
+        _apply(attention_layers(model)[layer], k, v, store)
+    store.layers[layer] = found
 
 
 def model_scales(model: torch.nn.Module) -> ModelScales:
@@ -90,13 +101,60 @@ def model_scales(model: torch.nn.Module) -> ModelScales:
 
 
 def build_model(original: Callable[[Any], None], agent: Any) -> None:
-    """``BaseModelAgent._build_model``: after the weights, settle the scales; also after a level-2 sleep."""
+    """``BaseModelAgent._build_model``: after the weights, settle the scales.
+
+    A level-2 wake-up builds the model again and reads no weights: the new one takes over what the old one knew, live
+    updates included. An engine that starts without weights reads the checkpoint's scales by themselves.
+    """
+    before = agent.patched_model
     original(agent)
     from lmdeploy.pytorch.distributed import get_tp_world_rank
-    model = agent.patched_model.get_model()
+    model, policy = bare_model(agent.patched_model), agent.cache_config.quant_policy
+    if agent.misc_config.empty_init:
+        if before is not None:
+            model_scales(model).layers.update(model_scales(bare_model(before)).layers)
+        elif has_static_scales(policy):
+            collect_checkpoint(model, agent.model_path)
+    if model_scales(model).layers and int(policy) == 0 and agent.rank == 0 \
+            and not declares_fp8_cache(agent.model_config.hf_config):  # what is declared was said before loading
+        advise('the checkpoint carries scales of an FP8 KV cache')
     world_size, rank = get_tp_world_rank('attn')
-    settle(model, agent.cache_config.quant_policy, agent.model_path, agent.model_config.num_key_value_heads, rank,
-           world_size, quiet=agent.rank != 0)
+    settle(model, policy, agent.model_path, agent.model_config.num_key_value_heads, rank, world_size,
+           quiet=agent.rank != 0)
+    if observer.ACTIVE is not None:
+        observer.ACTIVE.attach({layer_index(name): module for name, module in attention_layers(model).items()})
+
+
+def bare_model(patched: Any) -> torch.nn.Module:
+    """The model of an agent, which is wrapped for CUDA graphs some time after it is built."""
+    return patched if isinstance(patched, torch.nn.Module) else patched.get_model()
+
+
+def has_static_scales(quant_policy: int) -> bool:
+    """True for policies that this file is about."""
+    fmt = find_format(quant_policy)
+    return fmt is not None and not fmt.per_token_head
+
+
+def collect_checkpoint(model: torch.nn.Module, model_path: str) -> None:
+    """Read a checkpoint's scales, and nothing else of it, as loading its weights would.
+
+    Args:
+        model: LMDeploy's model, on any device (``meta`` will do).
+        model_path: folder with safetensors; other checkpoints have no scales that can be read alone.
+    """
+    from lmdeploy.pytorch.weight_loader.model_weight_loader import ModelWeightLoader
+    from safetensors import safe_open
+
+    def tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+        with safe_open(path, framework='pt') as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                if parse_name(name) is not None:
+                    yield name, file.get_tensor(name)
+
+    loader = ModelWeightLoader(model_path)
+    for path in loader._shard_paths if loader._weight_type == 'safetensors' else ():
+        list(loader._rename_weights_iterator(tensors(path), model))
 
 
 def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_heads: int, rank: int = 0,
@@ -118,13 +176,10 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
     """
     fmt, store = find_format(quant_policy), model_scales(model)
     if fmt is None or fmt.per_token_head:
-        if store.layers and int(quant_policy) == 0 and not quiet:
-            logger.warning('lmdeploy_kvq: the checkpoint carries scales of an FP8 KV cache, which quant_policy 0 '
-                           'ignores; serve with --quant-policy fp8 to use them.')
-        store.format = fmt
+        store.settled = True
         store.layers.clear()
         return []
-    store.format, store.heads = fmt, (num_kv_heads, rank, world_size)
+    store.settled, store.format, store.heads = True, fmt, (num_kv_heads, rank, world_size)
     path, strict = scale_file(model_path)
     layers = attention_layers(model)
     if path is not None:
@@ -139,14 +194,18 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
     defaults = [row[0] for row in audit if row[3] == 'default']
     if strict and defaults:
         raise ScaleError(f'--kv-scales strict: no scales for {len(defaults)} of {len(audit)} layers, the first is '
-                         f'{defaults[0]}; put {FILE_NAME} beside the model, or serve a per-token-head format')
+                         f'{defaults[0]}; run lmdeploy-kvq calibrate MODEL -o MODEL/{FILE_NAME}, or serve a '
+                         'per-token-head format')
     if not quiet:
-        _report(fmt, audit, len(defaults), path)
+        _report(fmt, audit, path)
     return audit
 
 
 def scale_file(model_path: str) -> tuple[str | None, bool]:
-    """Path of the scale file to use, or None, and whether layers without a scale are refused."""
+    """Path of the scale file to use, or None, and whether layers without a scale are refused.
+
+    ``--kv-scales`` sets the environment variable: a path, or ``strict``.
+    """
     given = os.environ.get(SCALES, '').strip()
     beside = Path(model_path or '.') / FILE_NAME
     if given and given != 'strict':
@@ -165,13 +224,31 @@ def layer_index(name: str) -> int:
 def check_file(model_config: Any, quant_policy: int) -> None:
     """Before anything is loaded: a scale file that is there must fit the model's configuration."""
     fmt = find_format(quant_policy)
-    path, _ = scale_file(getattr(model_config.hf_config, 'name_or_path', ''))
+    model_path = getattr(model_config.hf_config, 'name_or_path', '')
+    path, _ = scale_file(model_path)
     if fmt is None or fmt.per_token_head or path is None:
         return
     file = read_file(path)
+    check_origin(file, fmt, model_path)
     hybrid = getattr(model_config.llm_config or model_config.hf_config, 'layer_types', None) is not None
     expected = file.layers if hybrid else range(model_config.num_layers)  # which layers attend is known once built
     validate(file, expected, model_config.num_key_value_heads)
+
+
+def check_origin(file: ScaleFile, fmt: KVFormat, model_path: str) -> None:
+    """Compare a file's metadata with what is served: another model gets a warning.
+
+    Raises:
+        ScaleError: scales made for a wider format: nearly all values would saturate.
+    """
+    made_for = next((f for f in FORMATS if f.name == file.metadata.get('format')), fmt)
+    if made_for.key.codec.qmax > fmt.key.codec.qmax or made_for.value.codec.qmax > fmt.value.codec.qmax:
+        raise ScaleError(f'scale file {file.path} is for {made_for.name}, whose codes reach further than those of '
+                         f'{fmt.name}; run lmdeploy-kvq calibrate --format {fmt.name}, or serve {made_for.name}')
+    theirs = file.metadata.get('fingerprint')
+    if theirs and Path(model_path, 'config.json').is_file() and theirs != fingerprint(model_path):
+        logger.warning(f'lmdeploy_kvq: scale file {file.path} was made for another model '
+                       f'({file.metadata.get("model", theirs)}); its scales are used all the same')
 
 
 @torch.inference_mode()  # LMDeploy makes its buffers inference tensors
@@ -191,34 +268,20 @@ def _text(scale: torch.Tensor) -> str:
     return f'{float(scale):.6g}' if scale.numel() == 1 else f'{float(scale.min()):.6g}..{float(scale.max()):.6g}'
 
 
-def _report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], defaults: int, path: str | None) -> None:
+def _report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], path: str | None) -> None:
     width = max((len(row[0]) for row in audit), default=0)
     lines = [f'{name:<{width}}  k_scale {k:<12}  v_scale {v:<12}  {source}' for name, k, v, source in audit]
     logger.info('lmdeploy_kvq: scales of %s%s\n%s', fmt.name, f' from {path}' if path else '', '\n'.join(lines))
-    if defaults and fmt.key.codec.qmax < 1000:  # e5m2 has range to spare
-        logger.warning(f'lmdeploy_kvq: {defaults} of {len(audit)} layers have no {fmt.name} scale and use 1.0; values '
-                       f'beyond {fmt.key.codec.qmax:g} saturate. Put {FILE_NAME} beside the model, pass --kv-scales '
-                       'PATH, or use fp8_per_token_head, which needs no scales.')
+    warning = default_warning(fmt, audit)
+    if warning:
+        logger.warning(f'lmdeploy_kvq: {warning}')
 
 
-def quantization_config(original: Callable[..., Any], cls: type, hf_config: Any) -> Any:
-    """``QuantizationConfig.from_config`` for checkpoints of which only the KV cache is quantized."""
-    config = getattr(hf_config, 'quantization_config', None)
-    if isinstance(config, Mapping) and _only_kv_cache(config):
-        return cls()
-    return original(cls, hf_config)
-
-
-def _only_kv_cache(config: Mapping[str, Any]) -> bool:
-    """True if a quantization config leaves the weights alone; ValueError for weights that LMDeploy cannot load."""
-    method = config.get('quant_method')
-    if method == 'compressed-tensors':
-        return not config.get('config_groups') and bool(config.get('kv_cache_scheme'))
-    if method == 'modelopt':
-        weights = config.get('quant_algo')
-        if weights not in (None, 'None', ''):
-            raise ValueError(f'modelopt checkpoints with quantized weights (quant_algo {weights}) are not supported; '
-                             'those that quantize only the KV cache (kv_cache_quant_algo) are')
-        return True
-    return False
-
+def default_warning(fmt: KVFormat, audit: list[tuple[str, str, str, str]]) -> str | None:
+    """What to say of layers that fall back to 1.0; None where there are none, or the format has range to spare."""
+    defaults = sum(row[3] == 'default' for row in audit)
+    if not defaults or fmt.key.codec.qmax >= MAX_INPUT / 2:
+        return None
+    return (f'{defaults} of {len(audit)} layers have no {fmt.name} scale and use 1.0; values beyond '
+            f'{fmt.key.codec.qmax:g} saturate. Run lmdeploy-kvq calibrate MODEL -o MODEL/{FILE_NAME}, pass --kv-scales '
+            'PATH, or use fp8_per_token_head, which needs no scales.')

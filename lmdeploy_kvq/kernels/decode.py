@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import stored_dim
 from .codecs import decode_gain, device_codec
 from .launch import check_device, compute_capability, interpreted, multiprocessors
 from .reduce import LOG2E, STATISTICS, combine
@@ -85,7 +84,9 @@ def _attend(queries, row_scales, q_poss, slopes, ms, ls, accs, tile, oldest, kv_
             DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, FINITE_V: tl.constexpr, K_PER_TOKEN: tl.constexpr,
             V_PER_TOKEN: tl.constexpr, QMAX_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
             ALIBI: tl.constexpr, CAP: tl.constexpr):
-    """One online-softmax step over one tile, for each chunk of query rows: scores are [tokens, rows], outputs [dim, rows].
+    """One online-softmax step over one tile, for each chunk of query rows.
+
+    Scores are [tokens, rows], outputs [dim, rows].
 
     K and V are left operands, so that a product's narrow side (8 columns suffice) holds the query rows, of which there
     are few, and codes become fp16 in the lanes that multiply them, once for all chunks.
@@ -169,9 +170,10 @@ def _decode_kernel(
         stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, STORED: tl.constexpr,
-        STORED_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr,
-        DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, FINITE_V: tl.constexpr, GAIN_K: tl.constexpr,
-        GAIN_V: tl.constexpr, QMAX_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
+        STORED_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+        CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr, DECODE_K: tl.constexpr,
+        DECODE_V: tl.constexpr, FINITE_V: tl.constexpr, GAIN_K: tl.constexpr, GAIN_V: tl.constexpr,
+        QMAX_V: tl.constexpr, K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
         BY_SEQUENCE: tl.constexpr, PDL: tl.constexpr, WAIT_LATE: tl.constexpr, CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
@@ -181,9 +183,8 @@ def _decode_kernel(
     """
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     ROW_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
-    if PDL:
-        if not WAIT_LATE:
-            tl.extra.cuda.gdc_wait()
+    if PDL and not WAIT_LATE:
+        tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0) // ROW_TILES
     pid = tl.program_id(1)
     seq, tile, remaining, total, programs = program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N,
@@ -259,16 +260,16 @@ def _decode_kernel(
             else:
                 # Each segment is the next of its sequence or of its program, so that their sum is a slot of its own.
                 part = ((pid + seq).to(tl.int64) * (tl.num_programs(0) // ROW_TILES) + kv_head) * ROWS + row
-                tl.store(partial_ptr + (part * (DV + STATISTICS))[None, :] + dim_v[:, None], accs[chunk] * out_scale, mask=mask)
-                tl.store(partial_ptr + part * (DV + STATISTICS) + DV, ms[chunk], mask=row < ROWS)
-                tl.store(partial_ptr + part * (DV + STATISTICS) + DV + 1, ls[chunk], mask=row < ROWS)
+                part_ptrs = partial_ptr + part * (DV + STATISTICS)
+                tl.store(part_ptrs[None, :] + dim_v[:, None], accs[chunk] * out_scale, mask=mask)
+                tl.store(part_ptrs + DV, ms[chunk], mask=row < ROWS)
+                tl.store(part_ptrs + DV + 1, ls[chunk], mask=row < ROWS)
         # The tile after this program's last is the first one of the next program.
         end = (pid.to(tl.int64) + 1) * total // programs - remaining + last - tile - 1
         pieces = tl.where((tile == first) & (stop < last), first_program(end, total, programs) - pid + 1, 0)
         if BY_SEQUENCE:
-            if tile == first:
-                tl.store(plan_ptr + seq * 2, pid)
-                tl.store(plan_ptr + seq * 2 + 1, pieces)
+            tl.store(plan_ptr + seq * 2, pid, mask=tile == first)
+            tl.store(plan_ptr + seq * 2 + 1, pieces, mask=tile == first)
         remaining -= stop - tile
         seq += 1
         tile = first * 0
@@ -346,19 +347,16 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     plan = workspace[partial_size:].view(torch.int32)
     _decode_kernel[(grid_heads, target)](
         query, *cache.tensors(), out, workspace, plan, sinks, alibi_slopes, kv_lens, block_table, batch, target,
-        sm_scale, *query.stride()[:2], *out.stride()[:2], block_table.stride(0),
-        *cache.strides(), GROUP=heads // kv_heads, QUERY_LEN=query_len, D=dim, DV=dim_v, STORED=stored_dim(dim), STORED_V=stored_dim(dim_v),
-        BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=triton.next_power_of_2(dim_v), BLOCK_M=block_m, CHUNK=min(config.chunk, block_m), BLOCK_N=config.block_n,
-        PAGE=cache.block_size, BATCH=triton.next_power_of_2(batch),
-        DECODE_K=device_codec(fmt.key.codec).decode, DECODE_V=device_codec(fmt.value.codec).decode,
-        FINITE_V=device_codec(fmt.value.codec).finite,
+        sm_scale, *query.stride()[:2], *out.stride()[:2], block_table.stride(0), *cache.strides(), **cache.sizes(),
+        GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=block_m, CHUNK=min(config.chunk, block_m),
+        BLOCK_N=config.block_n, BATCH=triton.next_power_of_2(batch), DECODE_K=device_codec(fmt.key.codec).decode,
+        DECODE_V=device_codec(fmt.value.codec).decode, FINITE_V=device_codec(fmt.value.codec).finite,
         GAIN_K=decode_gain(fmt.key.codec, cap), GAIN_V=decode_gain(fmt.value.codec, cap), QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
-        ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, BY_SEQUENCE=batch <= target,
-        PDL=pdl, WAIT_LATE=inputs_ready, CAP=cap, num_warps=config.num_warps,
-        num_stages=config.num_stages, **({'launch_pdl': True} if pdl else {}),
-        **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
+        ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, BY_SEQUENCE=batch <= target, PDL=pdl,
+        WAIT_LATE=inputs_ready, CAP=cap, num_warps=config.num_warps, num_stages=config.num_stages,
+        **({'launch_pdl': True} if pdl else {}), **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
     combine(workspace, plan, out, sinks, target, batch, kv_heads, query_len, pdl)
     return out
 

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import stored_dim
 from ..reference import MAX_INPUT, MIN_SCALE
 from .codecs import device_codec
 from .launch import check_device, compute_capability, interpreted
@@ -132,8 +131,7 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
         *cache.strides(),
         ENCODE_K=k_codec.encode, ENCODE_V=v_codec.encode, QMAX_K=fmt.key.codec.qmax, QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head, MIN_SCALE=MIN_SCALE,
-        MAX_INPUT=MAX_INPUT, PDL=pdl, D=cache.head_dim, DV=cache.v_head_dim,
-        STORED=stored_dim(cache.head_dim), STORED_V=stored_dim(cache.v_head_dim), BLOCK_D=triton.next_power_of_2(cache.head_dim),
-        BLOCK_DV=triton.next_power_of_2(cache.v_head_dim), PAGE=cache.block_size, TOKENS=tile,
+        MAX_INPUT=MAX_INPUT, PDL=pdl, **cache.sizes(), TOKENS=tile,
         SLOTS_GIVEN=layout.slots is not None, UNIFORM_QUERY_LEN=layout.uniform_query_len,
-        BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=1 if tile == 1 else 4, **({'launch_pdl': True} if pdl else {}))
+        BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=1 if tile == 1 else 4,
+        **({'launch_pdl': True} if pdl else {}))

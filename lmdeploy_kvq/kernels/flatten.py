@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import stored_dim
 from .codecs import decode_gain, device_codec
 from .launch import check_device, compute_capability
 from .tiles import key_rows, locate_tile, tile_block, tile_offset, value_columns
@@ -28,8 +27,8 @@ def _flatten_kernel(
         stride_knt, stride_knh, stride_vnt, stride_vnh,  # new rows: token, head
         DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, GAIN_K: tl.constexpr, GAIN_V: tl.constexpr,  #
         K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, STORED: tl.constexpr,
-        STORED_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,  #
-        NEW_GIVEN: tl.constexpr, BATCH: tl.constexpr, CAP: tl.constexpr):
+        STORED_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,  #
+        BLOCK_N: tl.constexpr, NEW_GIVEN: tl.constexpr, BATCH: tl.constexpr, CAP: tl.constexpr):
     """One program decodes one tile of tokens of one KV head, or zeroes a tile of rows behind the last token.
 
     With NEW_GIVEN the sequence's new tokens, the last of its range, are copied from the rows they came from.
@@ -145,7 +144,5 @@ def flatten(cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor,
         *(new.key.stride()[:2] if new else (0, 0)), *(new.value.stride()[:2] if new else (0, 0)),
         DECODE_K=k_codec.decode, DECODE_V=v_codec.decode, GAIN_K=decode_gain(fmt.key.codec, cap),
         GAIN_V=decode_gain(fmt.value.codec, cap), K_PER_TOKEN=fmt.key.per_token_head,
-        V_PER_TOKEN=fmt.value.per_token_head, D=cache.head_dim, DV=cache.v_head_dim,
-        STORED=stored_dim(cache.head_dim), STORED_V=stored_dim(cache.v_head_dim),
-        BLOCK_D=triton.next_power_of_2(cache.head_dim), BLOCK_DV=triton.next_power_of_2(cache.v_head_dim),
-        PAGE=cache.block_size, BLOCK_N=block_n, NEW_GIVEN=new is not None, BATCH=triton.next_power_of_2(batch), CAP=cap)
+        V_PER_TOKEN=fmt.value.per_token_head, **cache.sizes(), BLOCK_N=block_n, NEW_GIVEN=new is not None,
+        BATCH=triton.next_power_of_2(batch), CAP=cap)

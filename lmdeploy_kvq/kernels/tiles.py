@@ -1,5 +1,6 @@
-"""Addresses of paged tokens: where a tile of a sequence lies, which part of a batch a program handles. No arithmetic
-on values here.
+"""Addresses of paged tokens: where a tile of a sequence lies, which part of a batch a program handles.
+
+No arithmetic on values here.
 
 Pages: K codes and V codes are [block, head, token / 16, 16 x dim]. Within a group of 16 tokens, each 16 x 16 block of
 codes stands in the order in which the lanes of a warp take it as the left operand of a tensor-core product

@@ -1,0 +1,148 @@
+"""How often static scales are too small: the share of codes at the format's limit, sampled while serving.
+
+Every few steps the newest full pages of some sequences are read for one layer, after the step, on its stream and not in
+its CUDA graphs, and counted on the device. LMDeploy's metrics endpoint shows the counts where metrics are on and the
+engine runs in the server's process (one GPU).
+"""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..formats import Codec, KVFormat, find_format
+from ..reference import encode_codes
+
+EVERY = 16
+"""Steps from one sample to the next. A sample is of one layer, all layers take turns."""
+
+PAGES = 4
+"""Pages in a sample: the newest full one of as many sequences."""
+
+
+def limit_codes(codec: Codec) -> tuple[int, int]:
+    """Codes of the largest and of the smallest value that a format stores."""
+    high, low = encode_codes(torch.tensor([codec.qmax, -codec.qmax]), codec).tolist()
+    return high, low
+
+
+class Sampler:
+    """Counts the codes of one cache, of which it keeps nothing: a sleeping engine gives its pages back.
+
+    Attributes:
+        latest: int64 [layers, 2 (K, V), 2 (at the limit, in all)] on the host, a little behind the device.
+    """
+
+    def __init__(self, owner: Any, fmt: KVFormat, num_layers: int, device: torch.device):
+        self.owner, self.step_number = weakref.ref(owner), 0
+        self.limits = [limit_codes(encoding.codec) for encoding in (fmt.key, fmt.value)]
+        self.counts = torch.zeros(num_layers, 2, 2, dtype=torch.int64, device=device)
+        self.host = torch.zeros(self.counts.shape, dtype=torch.int64, pin_memory=device.type == 'cuda')
+        self.copied = torch.cuda.Event() if device.type == 'cuda' else None
+        self.latest = self.host.clone()
+
+    @torch.inference_mode()
+    def step(self, caches: Sequence[Sequence[torch.Tensor]], block_offsets: torch.Tensor, kv_lens: torch.Tensor,
+             block_size: int) -> None:
+        """After a step of the engine; on its stream.
+
+        Args:
+            caches: per layer K pages and V pages, uint8 [blocks, ...], and what else a layer has.
+            block_offsets: [batch, max_blocks] page ids, on the device.
+            kv_lens: [batch] tokens in the cache, on the device.
+            block_size: tokens per page.
+        """
+        turn, rest = divmod(self.step_number, EVERY)
+        self.step_number += 1
+        if rest:
+            return
+        layer = turn % len(caches)
+        full = (kv_lens[:PAGES] // block_size).clamp(max=block_offsets.size(1))
+        page = block_offsets[:PAGES].gather(1, (full - 1).clamp(min=0)[:, None].long())[:, 0].long()
+        for which, limits in enumerate(self.limits):
+            codes = caches[layer][which][page].flatten(1)
+            hits = ((codes == limits[0]) | (codes == limits[1])).sum(1)
+            self.counts[layer, which, 0] += (hits * (full > 0)).sum()
+            self.counts[layer, which, 1] += (full > 0).sum() * codes.size(1)
+        self._copy()
+
+    def _copy(self) -> None:
+        """Take what the last copy brought, and start the next; nothing waits."""
+        if self.copied is None:
+            self.latest = self.counts.clone()
+        elif self.copied.query():  # also before the first one
+            self.latest = self.host.clone()
+            self.host.copy_(self.counts, non_blocking=True)
+            self.copied.record()
+
+
+class Metrics:
+    """A collector of prometheus_client: what :class:`Sampler` counted, by layer."""
+
+    def __init__(self, labels: dict[str, str]):
+        self.labels = labels
+        self.sampler: Sampler | None = None
+
+    def collect(self) -> Iterator[Any]:
+        """The share of codes at the limit, and the codes looked at, per layer and tensor."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        names = [*self.labels, 'layer', 'tensor']
+        share = GaugeMetricFamily('lmdeploy_kvq:saturated_share', labels=names,
+                                  documentation='Share of sampled KV-cache codes at the limit of the format.')
+        sampled = CounterMetricFamily('lmdeploy_kvq:sampled_codes', labels=names,
+                                      documentation='KV-cache codes sampled for lmdeploy_kvq:saturated_share.')
+        counts = self.sampler.latest.tolist() if self.sampler else []
+        for layer, pair in enumerate(counts):
+            for which, (hits, total) in zip(('k', 'v'), pair):
+                if total:
+                    values = [*self.labels.values(), str(layer), which]
+                    share.add_metric(values, hits / total)
+                    sampled.add_metric(values, total)
+        yield from (share, sampled)
+
+
+METRICS: Metrics | None = None
+"""Set where metrics are on, in the process that answers for them."""
+
+
+def expose(original: Callable[..., None], logger: Any, model_name: str, max_model_len: int, dp_rank: int = 0) -> None:
+    """``PrometheusStatLogger``: from now on, sample and show."""
+    global METRICS
+    original(logger, model_name, max_model_len, dp_rank)
+    from prometheus_client import REGISTRY
+    if METRICS is not None:
+        REGISTRY.unregister(METRICS)
+    METRICS = Metrics({'model_name': model_name, 'engine': str(dp_rank)})
+    REGISTRY.register(METRICS)
+
+
+def model_forward(original: Callable[..., Any], model: Any, inputs: Any, model_config: Any, cache_engine: Any,
+                  state_cache_engine: Any, stream: Any = None, cache_inputs: Any = None) -> Any:
+    """One step of the engine's model, sometimes followed by a sample."""
+    output = original(model, inputs, model_config, cache_engine, state_cache_engine, stream=stream,
+                      cache_inputs=cache_inputs)
+    if METRICS is not None and not inputs.is_dummy:
+        sampler = _sampler(METRICS, cache_engine)
+        if sampler is not None:
+            kv_lens = inputs.history_lengths + inputs.seq_length
+            if inputs.num_ignored_history is not None:
+                kv_lens = kv_lens - inputs.num_ignored_history
+            with torch.cuda.stream(stream):  # of None: the current one stays
+                sampler.step(cache_engine.gpu_cache, inputs.block_offsets, kv_lens,
+                             cache_engine.cache_config.kernel_block_size)
+    return output
+
+
+def _sampler(metrics: Metrics, cache_engine: Any) -> Sampler | None:
+    """The sampler of the served cache; None for other policies, and for a draft model's cache beside it."""
+    sampler = metrics.sampler
+    if sampler is not None and sampler.owner() is not None:
+        return sampler if sampler.owner() is cache_engine else None
+    fmt = find_format(cache_engine.cache_config.quant_policy)
+    if fmt is None or fmt.per_token_head:  # where scales follow the values, a code per row is at the limit by design
+        return None
+    pages = cache_engine.gpu_cache
+    metrics.sampler = Sampler(cache_engine, fmt, len(pages), pages[0][0].device)
+    return metrics.sampler

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""The saturation counter behind the stock server: a model whose keys exceed fp8's range, with scale 1.0 and calibrated.
+
+  scripts/saturation_check.py [--model MODEL]
+
+Prints the largest share of any layer from the metrics endpoint; exit code 1 unless scale 1.0 shows more than a tenth of
+the K codes at the limit and calibrated scales less than a thousandth. One GPU, about two minutes.
+"""
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import torch
+from calibration_gain import FMT, rescale
+from server import Server
+from smollm2 import HOME
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LINE = re.compile(r'^lmdeploy_kvq:saturated_share\{.*tensor="k".*\} (\S+)$', re.M)
+
+
+def shares(server: Server) -> list[float]:
+    """K's shares of the layers sampled so far."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach 127.0.0.1
+    with opener.open(server.url + '/metrics/', timeout=30) as answer:
+        return [float(share) for share in LINE.findall(answer.read().decode())]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--model', type=Path, default=HOME)
+    parser.add_argument('--factor', type=float, default=200.0)
+    args = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory() as work:
+        folder, scales = Path(work, 'model'), Path(work, 'scales.safetensors')
+        model = AutoModelForCausalLM.from_pretrained(args.model.expanduser(), dtype=torch.bfloat16)
+        rescale(model, args.factor)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(args.model.expanduser()).save_pretrained(folder)
+        subprocess.run([sys.executable, '-m', 'lmdeploy_kvq.cli', 'calibrate', str(folder), '-o', str(scales)],
+                       check=True, timeout=240)
+        for extra in ([], ['--kv-scales', str(scales)]):
+            with Server(str(folder), ['--quant-policy', FMT.name, '--max-batch-size', '16', '--session-len', '2048',
+                                      '--cache-max-entry-count', '0.3', *extra], timeout=150) as server:
+                server.load(8, 512)  # every layer takes its turn within 30 x 16 steps
+                found.append(shares(server))
+    for name, values in zip(('scale 1.0', 'calibrated'), found):
+        print(f'{name}: {len(values)} layers, largest share of K at the limit {max(values, default=float("nan")):.5f}')
+    return 0 if all(found) and max(found[0]) > 0.1 and max(found[1]) < 1e-3 else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
