@@ -401,8 +401,8 @@ def test_a_window_through_lmdeploys_triton_kernel(device):
 
 @pytest.mark.gpu
 def test_peak_memory_on_the_gpu(gpu_case):
-    """A chunk of 2,048 tokens after 150,000 cached ones: three pieces, within the documented bound."""
-    _, query, call = gpu_case([150_000], [2048])
+    """A chunk of 2,048 tokens after 200,000 cached ones: four pieces, within the documented bound."""
+    _, query, call = gpu_case([200_000], [2048])
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -410,4 +410,4 @@ def test_peak_memory_on_the_gpu(gpu_case):
     out = call()
     extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
     assert extra <= prefill.PIECE_BYTES + out.numel() * (2 + 4) + query.size(0) * 32 * 8 + 2**22
-    assert extra < 152_048 * 8 * 256 * 2 / 2, 'the whole history at once'
+    assert extra < 202_048 * 8 * 256 * 2 / 2, 'half the history at once'
