@@ -23,11 +23,13 @@ ROTATE_BYTES = 512 << 20  # data a timed loop walks through: several times any L
 
 
 def environment() -> dict[str, str]:
-    """GPU, versions, commit and date, as every result file carries them."""
+    """GPU, versions, commit and date, as every result file carries them.
 
+    ``KVQ_COMMIT`` names the commit where the tree is a copy, whose git, if any, does not know it.
+    """
     git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=ROOT, text=True,
                          capture_output=True)
-    commit = git.stdout.strip() or os.environ.get('KVQ_COMMIT', 'unknown')  # a bare copy of the tree has no git
+    commit = os.environ.get('KVQ_COMMIT') or git.stdout.strip() or 'unknown'
     return {
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'cpu',
         'gpus': str(torch.cuda.device_count()), 'cuda': torch.version.cuda or 'none',
