@@ -67,7 +67,8 @@ def main(capability: int, out: Path) -> None:
                 compiled = compile_launch(kernel, args, kwargs, capability)
                 results.append({'format': fmt.name, 'case': case.__name__, 'kernel': kernel.__name__,
                                 'ptx': compiled.asm['ptx'], 'shared': compiled.metadata.shared,
-                                'num_warps': compiled.metadata.num_warps, 'cubin': len(compiled.asm['cubin'])})
+                                'num_warps': compiled.metadata.num_warps, 'maxnreg': kwargs.get('maxnreg'),
+                                'block_m': kwargs.get('BLOCK_M'), 'cubin': len(compiled.asm['cubin'])})
     out.write_text(json.dumps(results))
 
 

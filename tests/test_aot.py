@@ -9,6 +9,7 @@ import pytest
 from helpers import by_name, clean_environment
 
 import lmdeploy_kvq as kvq
+from lmdeploy_kvq.kernels.decode import default_config
 
 CAPABILITIES = [80, 89, 90, 100]
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -61,6 +62,18 @@ def test_every_kernel_compiles(compiled, fmt, capability, kernel, launches):
     for result in found:
         assert re.search(rf'^\.target sm_{capability}a?\b', result['ptx'], re.MULTILINE)
         assert result['cubin'] > 0 and 0 <= result['shared'] <= SHARED_LIMIT[capability]
+
+
+@FORMATS
+def test_a_multiprocessor_holds_as_many_decode_programs_as_it_is_given(compiled, fmt):
+    """What the launcher counts on: one wave.
+
+    H100 and H200: 65,536 registers and 228 KiB of shared memory, 1 KiB of which each program loses to the driver.
+    """
+    for result, dim in zip(compiled(90, fmt, 'decode'), (128, 96), strict=True):
+        programs = default_config(dim, result['block_m']).occupancy
+        assert programs * (result['shared'] + 1024) <= 228 * 1024
+        assert programs * 32 * result['num_warps'] * (result['maxnreg'] or 255) <= 65536
 
 
 @EACH
