@@ -1,20 +1,37 @@
 #!/usr/bin/env bash
-# Everything that needs one GPU, in about eight minutes: kernel tests, engine matrix and accuracy side by side, then the
-# timed benchmarks alone. Results and logs go to a folder; copy its JSON files to benchmarks/results.
-# Usage: gpu_session.sh OUT   (SmolLM2 in ~/models/smollm2; KVQ_COMMIT names the commit where the tree has no git)
+# Everything that needs one GPU. Results and logs go to a folder; copy its JSON files to benchmarks/results.
+# Usage: gpu_session.sh OUT PART...   (SmolLM2 in ~/models/smollm2; KVQ_COMMIT names the commit where git does not)
+#   verify  kernel tests, engine matrix, accuracy, scales, side by side: about seven minutes
+#   bench   decode and fill, timed alone: about two minutes
+#   engine  an 8B model end to end, and prefill: about six minutes
 set -u
-out=$1; mkdir -p "$out"
-for name in fill flatten decode; do
-  (timeout 330 python3 -m pytest -q -p no:cacheprovider "tests/test_$name.py" >"$out/test_$name.log" 2>&1) &
+out=$1; shift; mkdir -p "$out"
+start=$SECONDS
+run() {  # run SECONDS NAME COMMAND...: log to OUT/NAME.log, then its last lines
+  local limit=$1 name=$2; shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  echo "== $name: exit $?, after $((SECONDS - start)) s"
+  grep -v 'Warn\|INFO\|it/s' "$out/$name.log" | tail -25 | cut -c1-180
+}
+for part in "$@"; do
+  case $part in
+  verify)
+    run 330 kernels python3 -m pytest -q -n 6 -p no:cacheprovider tests/test_{fill,flatten,decode,merge,prefill,loading}.py &
+    run 330 matrix python3 scripts/engine_matrix.py --jobs 7 --out "$out" &
+    wait
+    run 150 accuracy python3 scripts/eval_engine.py --jobs 8 --out "$out" &
+    run 300 calibration python3 scripts/calibration_gain.py --engine --out "$out" &
+    run 240 saturation python3 scripts/saturation_check.py &
+    run 120 sleep python3 scripts/sleep_check.py ~/models/smollm2 &
+    wait
+    run 100 cost python3 -m pytest -q -p no:cacheprovider tests/test_saturation.py
+    run 120 demo make --no-print-directory demo ;;
+  bench)
+    run 300 decode python3 scripts/bench_decode.py --preset all --out "$out"
+    run 100 fill python3 scripts/bench_fill.py --out "$out" ;;
+  engine)
+    run 400 engine python3 scripts/bench_engine.py --out "$out"
+    run 240 prefill python3 scripts/bench_prefill.py --out "$out" ;;
+  *) echo "unknown part: $part" >&2; exit 2 ;;
+  esac
 done
-(timeout 330 python3 scripts/engine_matrix.py --jobs 8 --out "$out" >"$out/matrix.log" 2>&1;
- timeout 200 python3 scripts/eval_engine.py --jobs 8 --out "$out" >"$out/accuracy.log" 2>&1) &
-wait
-for name in fill flatten decode; do
-  echo "== test_$name"; grep -a "^FAILED\|^ERROR\|^E  \|passed\|failed" "$out/test_$name.log" | tail -8
-done
-for name in matrix accuracy; do echo "== $name"; grep -v Warn "$out/$name.log" | tail -50 | cut -c1-160; done
-timeout 200 python3 scripts/bench_decode.py --shapes 32x8x128 --loads 64x4096,1x131072,256x1024,ragged:64,1x128,8x512 \
-  --contenders lmdeploy:0,lmdeploy:16,lmdeploy:8,lmdeploy:4,kvq:fp8_per_token_head,kvq:fp8_e5m2_per_token_head,kvq:int8_per_token_head,kvq:fp8,kvq:fp8_e5m2 \
-  --out "$out" 2>&1 | grep -v Warn
-timeout 60 python3 scripts/bench_fill.py --shapes 8x128 --out "$out" 2>&1 | grep -v Warn
