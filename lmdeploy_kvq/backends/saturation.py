@@ -1,12 +1,12 @@
 """How often static scales are too small: the share of codes at the format's limit, sampled while serving.
 
 Every few steps the newest full pages of some sequences are read for one layer, after the step, on its stream and not in
-its CUDA graphs, and counted on the device. LMDeploy's metrics endpoint shows the counts where metrics are on and the
-engine runs in the server's process (one GPU).
+its CUDA graphs, and counted on the device. The server asks its engine for the scheduler's metrics every ten seconds,
+in its own process or across to the engine's; the counts travel with the answer, and LMDeploy's metrics endpoint shows
+them. Where nobody asks (metrics are off, a pipeline), nothing is sampled.
 """
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,11 +15,19 @@ import torch
 from ..formats import Codec, KVFormat, find_format
 from ..reference import encode_codes
 
-EVERY = 16
+EVERY = 64
 """Steps from one sample to the next. A sample is of one layer, all layers take turns."""
 
 PAGES = 4
 """Pages in a sample: the newest full one of as many sequences."""
+
+ATTRIBUTE = 'lmdeploy_kvq_saturation'
+"""What we add to two objects of LMDeploy: the sampler of a cache to its CacheConfig (the scheduler and the cache engine
+share it where they share the process, a draft model's cache has another), the counts to each ScheduleMetrics (pickled
+with everything it has on its way to the server)."""
+
+Counts = list[list[list[int]]]
+"""Per layer, of K and of V: codes at the limit, and codes in all."""
 
 
 def limit_codes(codec: Codec) -> tuple[int, int]:
@@ -28,20 +36,42 @@ def limit_codes(codec: Codec) -> tuple[int, int]:
     return high, low
 
 
-class Sampler:
-    """Counts the codes of one cache, of which it keeps nothing: a sleeping engine gives its pages back.
+class _Tally:
+    """Counts on the device, and what of them has arrived on the host.
 
     Attributes:
-        latest: int64 [layers, 2 (K, V), 2 (at the limit, in all)] on the host, a little behind the device.
+        counts: int64 [layers, 2 (K, V), 2 (at the limit, in all)] on the device.
+        latest: the same on the host, a little behind.
     """
 
-    def __init__(self, owner: Any, fmt: KVFormat, num_layers: int, device: torch.device):
-        self.owner, self.step_number = weakref.ref(owner), 0
-        self.limits = [limit_codes(encoding.codec) for encoding in (fmt.key, fmt.value)]
+    def __init__(self, num_layers: int, device: torch.device):
         self.counts = torch.zeros(num_layers, 2, 2, dtype=torch.int64, device=device)
         self.host = torch.zeros(self.counts.shape, dtype=torch.int64, pin_memory=device.type == 'cuda')
         self.copied = torch.cuda.Event() if device.type == 'cuda' else None
         self.latest = self.host.clone()
+
+    def copy(self) -> None:
+        """Take what the last copy brought, and start the next; nothing waits."""
+        if self.copied is None:
+            self.latest = self.counts.clone()
+        elif self.copied.query():  # also before the first one
+            self.latest = self.host.clone()
+            self.host.copy_(self.counts, non_blocking=True)
+            self.copied.record()
+
+
+class Sampler:
+    """Counts the codes of one engine's cache, of which it keeps nothing: a sleeping engine gives its pages back."""
+
+    def __init__(self, fmt: KVFormat):
+        self.limits = [limit_codes(encoding.codec) for encoding in (fmt.key, fmt.value)]
+        self.step_number = 0
+        self.tally: _Tally | None = None  # until the first step, which knows layers and device
+
+    @property
+    def latest(self) -> Counts | None:
+        """Counts since the first step, a little behind the device; None before it."""
+        return None if self.tally is None else self.tally.latest.tolist()
 
     @torch.inference_mode()
     def step(self, caches: Sequence[Sequence[torch.Tensor]], block_offsets: torch.Tensor, kv_lens: torch.Tensor,
@@ -54,36 +84,64 @@ class Sampler:
             kv_lens: [batch] tokens in the cache, on the device.
             block_size: tokens per page.
         """
+        if self.tally is None:
+            self.tally = _Tally(len(caches), caches[0][0].device)
         turn, rest = divmod(self.step_number, EVERY)
         self.step_number += 1
         if rest:
             return
-        layer = turn % len(caches)
+        layer, counts = turn % len(caches), self.tally.counts
         full = (kv_lens[:PAGES] // block_size).clamp(max=block_offsets.size(1))
         page = block_offsets[:PAGES].gather(1, (full - 1).clamp(min=0)[:, None].long())[:, 0].long()
         for which, limits in enumerate(self.limits):
             codes = caches[layer][which][page].flatten(1)
             hits = ((codes == limits[0]) | (codes == limits[1])).sum(1)
-            self.counts[layer, which, 0] += (hits * (full > 0)).sum()
-            self.counts[layer, which, 1] += (full > 0).sum() * codes.size(1)
-        self._copy()
+            counts[layer, which, 0] += (hits * (full > 0)).sum()
+            counts[layer, which, 1] += (full > 0).sum() * codes.size(1)
+        self.tally.copy()
 
-    def _copy(self) -> None:
-        """Take what the last copy brought, and start the next; nothing waits."""
-        if self.copied is None:
-            self.latest = self.counts.clone()
-        elif self.copied.query():  # also before the first one
-            self.latest = self.host.clone()
-            self.host.copy_(self.counts, non_blocking=True)
-            self.copied.record()
 
+# In the engine's process.
+
+def schedule_metrics(original: Callable[[Any], Any], engine: Any) -> Any:
+    """``Engine.get_schedule_metrics``: the first call starts sampling, every call takes the counts along."""
+    found = original(engine)
+    if not engine.engine_config.enable_metrics:
+        return found
+    sampler = getattr(engine.cache_config, ATTRIBUTE, None)
+    if sampler is not None:
+        setattr(found, ATTRIBUTE, sampler.latest)
+        return found
+    fmt = find_format(engine.cache_config.quant_policy)
+    if fmt is not None and not fmt.per_token_head:  # where scales follow the values, a code per row is at the limit
+        setattr(engine.cache_config, ATTRIBUTE, Sampler(fmt))
+    return found
+
+
+def model_forward(original: Callable[..., Any], model: Any, inputs: Any, model_config: Any, cache_engine: Any,
+                  state_cache_engine: Any, stream: Any = None, cache_inputs: Any = None) -> Any:
+    """One step of the engine's model, sometimes followed by a sample."""
+    output = original(model, inputs, model_config, cache_engine, state_cache_engine, stream=stream,
+                      cache_inputs=cache_inputs)
+    sampler = getattr(cache_engine.cache_config, ATTRIBUTE, None)
+    if sampler is not None and not inputs.is_dummy:
+        kv_lens = inputs.history_lengths + inputs.seq_length
+        if inputs.num_ignored_history is not None:
+            kv_lens = kv_lens - inputs.num_ignored_history
+        with torch.cuda.stream(stream):  # of None: the current one stays
+            sampler.step(cache_engine.gpu_cache, inputs.block_offsets, kv_lens,
+                         cache_engine.cache_config.kernel_block_size)
+    return output
+
+
+# In the server's process.
 
 class Metrics:
-    """A collector of prometheus_client: what :class:`Sampler` counted, by layer."""
+    """A collector of prometheus_client: the counts that last came from the engine, by layer."""
 
     def __init__(self, labels: dict[str, str]):
         self.labels = labels
-        self.sampler: Sampler | None = None
+        self.counts: Counts = []
 
     def collect(self) -> Iterator[Any]:
         """The share of codes at the limit, and the codes looked at, per layer and tensor."""
@@ -93,8 +151,7 @@ class Metrics:
                                   documentation='Share of sampled KV-cache codes at the limit of the format.')
         sampled = CounterMetricFamily('lmdeploy_kvq:sampled_codes', labels=names,
                                       documentation='KV-cache codes sampled for lmdeploy_kvq:saturated_share.')
-        counts = self.sampler.latest.tolist() if self.sampler else []
-        for layer, pair in enumerate(counts):
+        for layer, pair in enumerate(self.counts):
             for which, (hits, total) in zip(('k', 'v'), pair):
                 if total:
                     values = [*self.labels.values(), str(layer), which]
@@ -104,11 +161,11 @@ class Metrics:
 
 
 METRICS: Metrics | None = None
-"""Set where metrics are on, in the process that answers for them."""
+"""What the metrics endpoint of this process shows; None where metrics are off, and in an engine's own process."""
 
 
 def expose(original: Callable[..., None], logger: Any, model_name: str, max_model_len: int, dp_rank: int = 0) -> None:
-    """``PrometheusStatLogger``: from now on, sample and show."""
+    """``PrometheusStatLogger``: from now on, show what comes."""
     global METRICS
     original(logger, model_name, max_model_len, dp_rank)
     from prometheus_client import REGISTRY
@@ -118,31 +175,9 @@ def expose(original: Callable[..., None], logger: Any, model_name: str, max_mode
     REGISTRY.register(METRICS)
 
 
-def model_forward(original: Callable[..., Any], model: Any, inputs: Any, model_config: Any, cache_engine: Any,
-                  state_cache_engine: Any, stream: Any = None, cache_inputs: Any = None) -> Any:
-    """One step of the engine's model, sometimes followed by a sample."""
-    output = original(model, inputs, model_config, cache_engine, state_cache_engine, stream=stream,
-                      cache_inputs=cache_inputs)
-    if METRICS is not None and not inputs.is_dummy:
-        sampler = _sampler(METRICS, cache_engine)
-        if sampler is not None:
-            kv_lens = inputs.history_lengths + inputs.seq_length
-            if inputs.num_ignored_history is not None:
-                kv_lens = kv_lens - inputs.num_ignored_history
-            with torch.cuda.stream(stream):  # of None: the current one stays
-                sampler.step(cache_engine.gpu_cache, inputs.block_offsets, kv_lens,
-                             cache_engine.cache_config.kernel_block_size)
-    return output
-
-
-def _sampler(metrics: Metrics, cache_engine: Any) -> Sampler | None:
-    """The sampler of the served cache; None for other policies, and for a draft model's cache beside it."""
-    sampler = metrics.sampler
-    if sampler is not None and sampler.owner() is not None:
-        return sampler if sampler.owner() is cache_engine else None
-    fmt = find_format(cache_engine.cache_config.quant_policy)
-    if fmt is None or fmt.per_token_head:  # where scales follow the values, a code per row is at the limit by design
-        return None
-    pages = cache_engine.gpu_cache
-    metrics.sampler = Sampler(cache_engine, fmt, len(pages), pages[0][0].device)
-    return metrics.sampler
+def receive(original: Callable[[Any, Any], None], stats: Any, scheduled_metrics: Any) -> None:
+    """``SchedulerStats.update_from_schedule_metrics``: take the counts out of the engine's answer."""
+    original(stats, scheduled_metrics)
+    counts = getattr(scheduled_metrics, ATTRIBUTE, None)
+    if METRICS is not None and counts is not None:
+        METRICS.counts = counts
