@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROMPTS = ['The capital of France is', 'Water boils when', 'def fibonacci(n):\n', 'The three primary colours are']
+from eval_engine import PROMPTS
+
 TIMEOUT = 120
 LIVE = ('model.layers.1.self_attn.k_scale', 0.03125)
 
