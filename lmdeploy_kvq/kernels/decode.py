@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .codecs import decode_gain, device_codec
-from .launch import check_device, compute_capability, interpreted, multiprocessors
+from .launch import check_device, compute_capability, dependent_launch, multiprocessors
 from .reduce import LOG2E, STATISTICS, combine
 from .tiles import (
     first_program,
@@ -335,7 +335,6 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     heads, dim, batch, kv_heads, dim_v = query.size(1), cache.head_dim, kv_lens.size(0), cache.num_kv_heads, out.size(2)
     fmt, device = cache.format, query.device
     cap = compute_capability(device)
-    pdl = cap >= 90 and not interpreted()
     rows = heads // kv_heads * query_len
     block_m = min(max(8, triton.next_power_of_2(rows)), 32)
     config = config or default_config(max(dim, dim_v), block_m)
@@ -354,10 +353,10 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         GAIN_K=decode_gain(fmt.key.codec, cap), GAIN_V=decode_gain(fmt.value.codec, cap), QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
-        ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, BY_SEQUENCE=batch <= target, PDL=pdl,
+        ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, BY_SEQUENCE=batch <= target,
         WAIT_LATE=inputs_ready, CAP=cap, num_warps=config.num_warps, num_stages=config.num_stages,
-        **({'launch_pdl': True} if pdl else {}), **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
-    combine(workspace, plan, out, sinks, target, batch, kv_heads, query_len, pdl)
+        **dependent_launch(cap), **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
+    combine(workspace, plan, out, sinks, target, batch, kv_heads, query_len, cap)
     return out
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..reference import MAX_INPUT, MIN_SCALE
 from .codecs import device_codec
-from .launch import check_device, compute_capability, interpreted
+from .launch import check_device, compute_capability, dependent_launch
 from .tiles import key_offset, token_slots, value_offset
 
 if TYPE_CHECKING:
@@ -122,7 +122,6 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
     fmt, table, cap = cache.format, layout.block_table, compute_capability(key.device)
     batch = 1 if layout.slots is not None else layout.kv_lens.size(0)  # type: ignore[union-attr]
     tile = 1 if layout.uniform_query_len or tokens <= 64 else 16
-    pdl = cap >= 90 and not interpreted()
     k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
     _fill_kernel[(cache.num_kv_heads, triton.cdiv(tokens, tile))](
         key, value, *cache.tensors(), layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
@@ -131,7 +130,7 @@ def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: Toke
         *cache.strides(),
         ENCODE_K=k_codec.encode, ENCODE_V=v_codec.encode, QMAX_K=fmt.key.codec.qmax, QMAX_V=fmt.value.codec.qmax,
         K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head, MIN_SCALE=MIN_SCALE,
-        MAX_INPUT=MAX_INPUT, PDL=pdl, **cache.sizes(), TOKENS=tile,
+        MAX_INPUT=MAX_INPUT, **cache.sizes(), TOKENS=tile,
         SLOTS_GIVEN=layout.slots is not None, UNIFORM_QUERY_LEN=layout.uniform_query_len,
         BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=1 if tile == 1 else 4,
-        **({'launch_pdl': True} if pdl else {}))
+        **dependent_launch(cap))

@@ -23,6 +23,14 @@ def compute_capability(device: torch.device) -> int:
     return _gpu(device.index if device.index is not None else torch.cuda.current_device())[0] if _is_gpu(device) else 0
 
 
+def dependent_launch(cap: int) -> dict[str, bool]:
+    """Launch arguments for programmatic dependent launch (compute capability 9.0 and later), ``PDL`` for the kernel.
+
+    The kernel may then begin while the one before it still runs, and must wait for it (``gdc_wait``).
+    """
+    return {'PDL': True, 'launch_pdl': True} if cap >= 90 else {'PDL': False}
+
+
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; in the interpreter a small number, so that splits get tested."""
     return _gpu(device.index if device.index is not None else torch.cuda.current_device())[1] if _is_gpu(device) else 4

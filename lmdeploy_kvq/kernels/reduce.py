@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import dependent_launch
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 STATISTICS = tl.constexpr(4)
@@ -72,7 +74,7 @@ def _reduce_kernel(partial_ptr, plan_ptr, out_ptr, sinks_ptr, stride_ot, stride_
 
 
 def combine(partial: torch.Tensor, plan: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None, programs: int,
-            batch: int, kv_heads: int, query_len: int, pdl: bool) -> None:
+            batch: int, kv_heads: int, query_len: int, cap: int) -> None:
     """Launch the reduction behind the decode kernel.
 
     Args:
@@ -82,7 +84,7 @@ def combine(partial: torch.Tensor, plan: torch.Tensor, out: torch.Tensor, sinks:
         out: [tokens, heads, dim], rows of split sequences are written.
         sinks: [heads], or None.
         programs: decode programs per KV head; batch: sequences; query_len: new tokens per sequence.
-        pdl: launch before the decode kernel has ended (compute capability 9.0 and later).
+        cap: compute capability; from 9.0 on it is launched before the decode kernel has ended.
     """
     heads, dim = out.shape[1:]
     rows = heads // kv_heads * query_len
@@ -94,4 +96,4 @@ def combine(partial: torch.Tensor, plan: torch.Tensor, out: torch.Tensor, sinks:
     _reduce_kernel[(min(batch, programs), kv_heads * triton.cdiv(rows, block_m), triton.cdiv(dim, width))](
         partial, plan, out, sinks, *out.stride()[:2], kv_heads, GROUP=heads // kv_heads, QUERY_LEN=query_len, DV=dim,
         BLOCK_DV=width, BLOCK_M=block_m, SPLITS=splits, HAS_SINKS=sinks is not None,
-        BY_SEQUENCE=batch <= programs, PDL=pdl, num_warps=warps, **({'launch_pdl': True} if pdl else {}))
+        BY_SEQUENCE=batch <= programs, num_warps=warps, **dependent_launch(cap))
