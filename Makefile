@@ -19,7 +19,7 @@ env:
 test-gpu:  ## the GPU half, with the Python that has torch, LMDeploy and this package
 	$(PYTHON) -m pytest -n $(JOBS) tests/test_fill.py tests/test_flatten.py tests/test_decode.py tests/test_merge.py \
 		tests/test_prefill.py tests/test_saturation.py tests/test_loading.py
-	$(PYTHON) -m pytest tests/test_engine_gpu.py
+	$(PYTHON) -m pytest -n 5 --dist loadgroup tests/test_engine_gpu.py
 
 demo:  ## a real server where there is a GPU, else the same model and prompt through transformers
 	@if $(PYTHON) -c 'import torch, lmdeploy, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \

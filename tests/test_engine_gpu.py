@@ -1,7 +1,8 @@
 """The real engine on a GPU: stock server, every format through every way of running, tensor parallelism.
 
 Runs SmolLM2-135M-Instruct from ``KVQ_MODEL`` (default ~/models/smollm2); scripts/ holds the programs, which also write
-the committed figures.
+the committed figures. Engines start slowly, so that groups of tests run side by side (``-n 5 --dist loadgroup``); each
+but the stock server's is given a small cache.
 """
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ def matrix() -> dict[tuple[str, str, int], dict]:
     return {(row['format'], row['way'], row['round']): row for row in run(MODEL, jobs=12)}
 
 
+@pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
 def test_graphs_give_the_eager_text(matrix, fmt):
     """CUDA graphs at batch 64 repeat the eager tokens; smaller batches differ no more than bf16's do."""
@@ -38,6 +40,7 @@ def test_graphs_give_the_eager_text(matrix, fmt):
         assert matrix[fmt.name, 'graph', number]['equal_sequences'] >= floor - 1 / 7
 
 
+@pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
 def test_prefix_cache_and_chunks_read_what_was_written(matrix, fmt):
     """Where prefill reads the cache, history in the prefix cache or in chunks changes nothing."""
@@ -48,12 +51,14 @@ def test_prefix_cache_and_chunks_read_what_was_written(matrix, fmt):
     assert matrix[fmt.name, 'cache chunked', 0]['equal_sequences'] >= floor - 0.1
 
 
+@pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
 def test_exact_prompt_without_history(matrix, fmt):
     """The first token after a prompt without history is bf16's: prefill attends to raw keys and values."""
     assert matrix[fmt.name, 'graph', 2]['first_tokens'] == matrix['none', 'graph', 2]['first_tokens']
 
 
+@pytest.mark.xdist_group('one')
 @pytest.mark.parametrize('policy', ['none', FORMATS[0].name])
 def test_timed_engine(policy):
     """The engine that the benchmarks time: every step is seen, with its GPU time, and the prefix cache is used."""
@@ -68,6 +73,7 @@ def test_timed_engine(policy):
     assert all(tokens >= 512 for tokens in done['cached_tokens']) and max(done['ttft_s']) < done['seconds']
 
 
+@pytest.mark.xdist_group('one')
 def test_stock_server_answers():
     """``lmdeploy serve api_server MODEL --quant-policy fp8_per_token_head`` serves a chat request on our pages."""
     from server import Server
@@ -76,6 +82,7 @@ def test_stock_server_answers():
         assert '--backend pytorch is selected' in server.log.read_text(errors='replace')
 
 
+@pytest.mark.xdist_group('two')
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 def test_two_gpus_give_the_tokens_of_one(tmp_path):
     """tp=2 through Ray and through mp: the greedy tokens of tp=1."""
@@ -88,6 +95,7 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path):
         assert row['mean_kl'] < 1e-2
 
 
+@pytest.mark.xdist_group('two')
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 def test_two_gpus_apply_the_scales_of_their_heads(tmp_path):
     """Scales per KV head under tp=2: log-probabilities of tp=1; the script also checks that wrong heads would show."""
@@ -95,6 +103,7 @@ def test_two_gpus_apply_the_scales_of_their_heads(tmp_path):
                     '--keep', tmp_path / 'llama'], check=True, timeout=400)
 
 
+@pytest.mark.xdist_group('one')
 def test_a_level_two_sleep_keeps_the_scales():
     """Weights and cache are dropped and come back; scales and greedy tokens are the same."""
     done = subprocess.run([sys.executable, SCRIPTS / 'sleep_check.py', MODEL], text=True, capture_output=True,
@@ -102,6 +111,7 @@ def test_a_level_two_sleep_keeps_the_scales():
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
+@pytest.mark.xdist_group('scales')
 def test_calibrated_scales_serve_keys_beyond_the_range(tmp_path):
     """By the command, in LMDeploy's engine: the limits are in scripts/calibration_gain.py."""
     done = subprocess.run([sys.executable, SCRIPTS / 'calibration_gain.py', '--engine', '--model', MODEL, '--out',
@@ -112,6 +122,7 @@ def test_calibrated_scales_serve_keys_beyond_the_range(tmp_path):
     assert rows['rescaled', '1.0'] > 10 * rows['original', '1.0'], 'scale 1.0 must show the difference'
 
 
+@pytest.mark.xdist_group('metrics')
 def test_the_metrics_endpoint_shows_saturation():
     """Behind the stock server: keys beyond the range are seen with scale 1.0, and not once calibrated."""
     done = subprocess.run([sys.executable, SCRIPTS / 'saturation_check.py', '--model', MODEL], text=True,

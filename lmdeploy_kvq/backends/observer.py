@@ -77,9 +77,11 @@ def observe(folder: str, pieces: Iterable[list[int]], length: int, new_tokens: i
     global ACTIVE
     from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
     watcher = ACTIVE = Observer(statistics)
+    session_len = 2 * length + new_tokens + 64  # text is tokenized again: not always alike
     config = PytorchEngineConfig(quant_policy=0, eager_mode=True, distributed_executor_backend='uni',
-                                 max_batch_size=batch, cache_max_entry_count=0.5,
-                                 session_len=2 * length + new_tokens + 64)  # text is tokenized again: not always alike
+                                 max_batch_size=batch, session_len=session_len)
+    # Room for one batch, and no share of the GPU's memory: others may be starting at the same time.
+    config.num_gpu_blocks = batch * (session_len // config.block_size + 2)
     generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, ignore_eos=True)
     try:
         pipe = pipeline(folder, backend_config=config, log_level='ERROR')
