@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .formats import SCALE_BITS, Encoding, KVFormat, get_format, stored_dim
+from .formats import SCALE_BITS, Encoding, KVFormat, get_format, part_dim
 
 ALIGNMENT = 256
 """Bytes to which every tensor of a block is rounded up (``CacheDesc.alignment`` in LMDeploy's ``schema.py``)."""
@@ -66,7 +66,7 @@ def block_bytes(fmt: str | int | KVFormat | None, shape: CacheShape) -> int:
         fmt = get_format(fmt)
         fmt.check_head_dims(*shape.dims)
         pairs = list(zip((fmt.key, fmt.value), shape.dims, strict=True))
-        bits = [rows * stored_dim(dim) * encoding.codec.bits for encoding, dim in pairs]
+        bits = [rows * part_dim(dim, encoding.codec.parts) * 8 for encoding, dim in pairs]
         bits += [_scale_bits(encoding, rows) for encoding, _ in pairs]
     return shape.num_layers * sum(_round_up(-(-b // 8), shape.alignment) for b in bits)
 

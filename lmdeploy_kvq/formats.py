@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 SCALE_BITS = 32  # scales are stored in fp32: bf16 scales were measured to double int8's error
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 GROUP = 16
-"""Pages are made of blocks of GROUP tokens by GROUP elements, in the order of tensor-core fragments."""
+"""Pages are made of blocks of GROUP tokens by GROUP bytes, in the order of tensor-core fragments."""
 
 
 @dataclass(frozen=True)
@@ -19,30 +19,46 @@ class Codec:
     """Arithmetic of one number format: how a value divided by its scale becomes a code.
 
     Attributes:
-        name: key of the device pair in ``kernels/codecs.py`` and of the pair in ``reference.py``.
-        bits: bits per code.
+        name: key of the device functions in ``kernels/codecs.py`` and of the pair in ``reference.py``.
+        bits: bits per code: 8, 4 or 2.
         qmax: largest magnitude a code stands for; values beyond ``qmax * scale`` saturate.
+        offset: integer formats: code n stands for ``n - offset``. Zero for floating formats.
     """
     name: str
     bits: int
     qmax: float
+    offset: float = 0.0
+
+    @property
+    def parts(self) -> int:
+        """Codes per byte: a row is that many parts, which share their bytes (:func:`part_dim`)."""
+        return 8 // self.bits
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How one tensor (K or V) is stored: a codec plus the granularity of its scale.
+    """How one tensor (K or V) is stored.
 
     Attributes:
         codec: the number format.
         per_token_head: True for one fp32 scale per (token, KV head), computed when the token is written; False for a
             static scale (one per layer, or one per KV head) kept in a buffer of the attention layer.
+        rotation: what a row is multiplied with before it is quantized: None, ``hadamard``, or ``calibrated``: the
+            layer's own matrix where a scale file has one, Hadamard elsewhere.
+        statistic: the step of a row's grid is ``shrink`` times its ``absmax`` / qmax, or times its ``rms``.
+        rule: the scale of the codes that follow: the ``step`` itself; ``least_squares``, <x, c> / <c, c>; or
+            ``unbiased``, <x, x> / <x, c>.
     """
     codec: Codec
     per_token_head: bool
+    rotation: str | None = None
+    statistic: str = 'absmax'
+    shrink: float = 1.0
+    rule: str = 'step'
 
     def bits_per_element(self, head_dim: int) -> float:
         """Stored bits per element of a row of ``head_dim`` values, its scale and padding included."""
-        return (self.codec.bits * stored_dim(head_dim) + (SCALE_BITS if self.per_token_head else 0)) / head_dim
+        return (8 * part_dim(head_dim, self.codec.parts) + (SCALE_BITS if self.per_token_head else 0)) / head_dim
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class KVFormat:
         summary: one line for tables and ``--help``.
         max_error: bound on the relative Frobenius error of a stored N(0, 1) tensor, checked by the tests.
         upstream: True where LMDeploy has a policy of this value and this package takes it over.
+        experimental: why a user should think twice, in a few words; None where there is no reason.
     """
     name: str
     policy: int
@@ -66,6 +83,12 @@ class KVFormat:
     summary: str = field(kw_only=True)
     max_error: float = field(kw_only=True)
     upstream: bool = field(default=False, kw_only=True)
+    experimental: str | None = field(default=None, kw_only=True)
+
+    @property
+    def label(self) -> str:
+        """The summary, with a warning where the format is experimental: for every place where a user chooses."""
+        return f'{self.summary} (EXPERIMENTAL: {self.experimental})' if self.experimental else self.summary
 
     def bits_per_element(self, head_dim: int, v_head_dim: int | None = None) -> float:
         """Mean stored bits per K or V element, scales included.
@@ -93,14 +116,21 @@ class KVFormat:
 
 E4M3 = Codec('e4m3', 8, 448.0)
 E5M2 = Codec('e5m2', 8, 57344.0)
-INT8 = Codec('int8', 8, 127.0)
+INT8 = Codec('int8', 8, 127.0, offset=128.0)
+INT4 = Codec('int4', 4, 7.5, offset=7.5)
+INT2 = Codec('int2', 2, 1.5, offset=1.5)
 
 E4M3_TENSOR, E5M2_TENSOR = Encoding(E4M3, False), Encoding(E5M2, False)
-E4M3_TOKEN, E5M2_TOKEN, INT8_TOKEN = Encoding(E4M3, True), Encoding(E5M2, True), Encoding(INT8, True)
+E4M3_TOKEN, E5M2_TOKEN = Encoding(E4M3, True), Encoding(E5M2, True)
+INT8_TOKEN = Encoding(INT8, True, 'hadamard')
+INT4_KEY = Encoding(INT4, True, 'calibrated', shrink=0.92, rule='least_squares')
+INT4_VALUE = Encoding(INT4, True, 'hadamard', shrink=0.92, rule='least_squares')
+INT2_KEY = Encoding(INT2, True, 'calibrated', statistic='rms', shrink=0.996, rule='least_squares')
+INT2_VALUE = Encoding(INT2, True, 'hadamard', statistic='rms', shrink=0.996, rule='unbiased')
 
 FORMATS: tuple[KVFormat, ...] = (
     KVFormat('int8_per_token_head', 108, INT8_TOKEN, INT8_TOKEN, max_error=0.009,
-             summary='int8 with one fp32 scale per token and KV head'),
+             summary='int8, rotated, with one fp32 scale per token and KV head'),
     KVFormat('fp8_per_token_head', 116, E4M3_TOKEN, E4M3_TOKEN, aliases=('fp8_e4m3_per_token_head', ), max_error=0.03,
              summary='fp8 e4m3 with one fp32 scale per token and KV head'),
     KVFormat('fp8_e5m2_per_token_head', 117, E5M2_TOKEN, E5M2_TOKEN, max_error=0.06,
@@ -109,17 +139,29 @@ FORMATS: tuple[KVFormat, ...] = (
              summary='fp8 e4m3 with one static scale per layer'),
     KVFormat('fp8_e5m2', 17, E5M2_TENSOR, E5M2_TENSOR, upstream=True, max_error=0.06,
              summary='fp8 e5m2 with one static scale per layer'),
+    KVFormat('k8v4_per_token_head', 184, INT8_TOKEN, INT4_VALUE, aliases=('k8v4', ), max_error=0.12,
+             summary='int8 keys and int4 values, rotated, with one fp32 scale per token and KV head'),
+    KVFormat('int4_per_token_head', 104, INT4_KEY, INT4_VALUE, max_error=0.12,
+             summary='int4, rotated, with one fp32 scale per token and KV head'),
+    KVFormat('k4v2_per_token_head', 142, INT4_KEY, INT2_VALUE, aliases=('k4v2', ), max_error=0.4,
+             summary='int4 keys and int2 values, rotated, with one fp32 scale per token and KV head'),
+    KVFormat('int2_per_token_head', 102, INT2_KEY, INT2_VALUE, aliases=('int2', ), max_error=0.4,
+             summary='int2, rotated, with one fp32 scale per token and KV head',
+             experimental='changes answers of most models; measure yours first'),
 )
 
 
-def stored_dim(dim: int) -> int:
-    """Elements that a row of ``dim`` takes in a page: whole groups."""
-    return -(-dim // GROUP) * GROUP
+def part_dim(dim: int, parts: int) -> int:
+    """Elements of a part of a row, which is as many bytes: a row of ``dim`` is ``parts`` equal ones, in whole groups.
+
+    Byte j holds the elements j, j + part_dim, j + 2 x part_dim ..., the first one in its lowest bits.
+    """
+    return -(-dim // (GROUP * parts)) * GROUP
 
 
-def page_shape(block_size: int, dim: int) -> tuple[int, int]:
-    """Shape of the codes of one page and KV head, of K or of V: groups of tokens, codes of a group."""
-    return block_size // GROUP, GROUP * stored_dim(dim)
+def page_shape(block_size: int, dim: int, encoding: Encoding) -> tuple[int, int]:
+    """Shape of the codes of one page and KV head, of K or of V: groups of tokens, bytes of a group."""
+    return block_size // GROUP, GROUP * part_dim(dim, encoding.codec.parts)
 
 
 def _index(formats: tuple[KVFormat, ...]) -> tuple[dict[str, KVFormat], dict[int, KVFormat]]:

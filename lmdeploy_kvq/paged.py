@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .formats import GROUP, Encoding, KVFormat, get_format, page_shape, stored_dim
+from .formats import GROUP, Encoding, KVFormat, get_format, page_shape, part_dim
+from .transforms import Transform, hadamard
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -18,12 +19,14 @@ class PagedCache:
 
     Attributes:
         format: the entry of the format table.
-        k_codes: uint8 [blocks, kv_heads, block_size / 16, 16 * head_dim], v_codes: with v_head_dim; the last two axes
-            are contiguous. Codes stand in the order of tensor-core fragments (docs/formats.md), with head sizes
-            rounded up to 16; :attr:`k_rows` and :attr:`v_rows` show them token by token.
+        k_codes, v_codes: uint8 [blocks, kv_heads, block_size / 16, 16 * bytes of a row]; the last two axes are
+            contiguous. Bytes stand in the order of tensor-core fragments (docs/formats.md), rows are rounded up to 16
+            bytes; :attr:`k_rows` and :attr:`v_rows` show them token by token.
         head_dim, v_head_dim: elements of a K row and of a V row.
         k_scales, v_scales: fp32 [blocks, kv_heads, block_size], or None for a static encoding.
         k_static_scale, v_static_scale: fp32 scalar or [kv_heads], or None for a per-token-head encoding.
+        k_transform, v_transform: what rows are multiplied with before they are quantized, for encodings with a
+            rotation; Hadamard if not given.
 
     Views with any block stride are accepted (LMDeploy packs all tensors of a block into one pool).
     """
@@ -36,6 +39,15 @@ class PagedCache:
     v_scales: torch.Tensor | None = None
     k_static_scale: torch.Tensor | None = None
     v_static_scale: torch.Tensor | None = None
+    k_transform: Transform | None = None
+    v_transform: Transform | None = None
+
+    def __post_init__(self) -> None:
+        device = self.k_codes.device
+        if self.k_transform is None and self.format.key.rotation is not None:
+            self.k_transform = hadamard(self.head_dim, device)
+        if self.v_transform is None and self.format.value.rotation is not None:
+            self.v_transform = hadamard(self.v_head_dim, device)
 
     @classmethod
     def allocate(cls, fmt: str | int | KVFormat, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
@@ -66,8 +78,9 @@ class PagedCache:
         def static(encoding: Encoding) -> torch.Tensor | None:
             return None if encoding.per_token_head else torch.ones((), dtype=torch.float32, device=device)
 
-        k_codes, v_codes = (torch.zeros((num_blocks, num_kv_heads, *page_shape(block_size, dim)), dtype=torch.uint8,
-                                        device=device) for dim in (head_dim, v_head_dim))
+        k_codes, v_codes = (torch.zeros((num_blocks, num_kv_heads, *page_shape(block_size, dim, encoding)),
+                                        dtype=torch.uint8, device=device)
+                            for dim, encoding in ((head_dim, fmt.key), (v_head_dim, fmt.value)))
         return cls(fmt, k_codes, v_codes, head_dim, v_head_dim,
                    scales(fmt.key), scales(fmt.value), static(fmt.key), static(fmt.value))
 
@@ -88,18 +101,18 @@ class PagedCache:
 
     @property
     def k_rows(self) -> torch.Tensor:
-        """K's codes token by token: a view of :attr:`k_codes`, [blocks, kv_heads, *token, *element].
+        """K's bytes token by token: a view of :attr:`k_codes`, [blocks, kv_heads, *token, *byte].
 
-        Token ``t`` of a page is at ``[..., t // 16, t // 8 % 2, t % 8, :, :, :]``, element ``d`` of its row at
+        Token ``t`` of a page is at ``[..., t // 16, t // 8 % 2, t % 8, :, :, :]``, byte ``d`` of its row at
         ``[..., d // 16, d // 4 % 4, d % 4]``.
         """
         return self.k_codes.unflatten(-1, (-1, 8, 4, 2, 4)).permute(0, 1, 2, 6, 4, 3, 5, 7)
 
     @property
     def v_rows(self) -> torch.Tensor:
-        """V's codes token by token: a view of :attr:`v_codes`, [blocks, kv_heads, *token, *element].
+        """V's bytes token by token: a view of :attr:`v_codes`, [blocks, kv_heads, *token, *byte].
 
-        Token ``t`` of a page is at ``[..., t // 16, t // 4 % 4, t % 4, :, :, :, :]``, element ``d`` of its row at
+        Token ``t`` of a page is at ``[..., t // 16, t // 4 % 4, t % 4, :, :, :, :]``, byte ``d`` of its row at
         ``[..., d // 16, d // 8 % 2, d // 4 % 2, d % 4]``.
         """
         return self.v_codes.unflatten(-1, (-1, 2, 4, 4, 2, 4)).permute(0, 1, 2, 5, 8, 3, 7, 4, 6)
@@ -125,10 +138,13 @@ class PagedCache:
         return self.k_codes, self.v_codes, self.k_scales, self.v_scales, self.k_static_scale, self.v_static_scale
 
     def sizes(self) -> dict[str, int]:
-        """The kernels' constants: elements of a row, as given, as stored and as a power of two, and tokens per page."""
+        """The kernels' constants: elements and bytes (a part) of a row, both as powers of two, parts, tokens of a page."""
         sizes = {'PAGE': self.block_size}
-        for suffix, stored, dim in (('D', 'STORED', self.head_dim), ('DV', 'STORED_V', self.v_head_dim)):
-            sizes |= {suffix: dim, stored: stored_dim(dim), f'BLOCK_{suffix}': 1 << (dim - 1).bit_length()}
+        for suffix, encoding, dim in (('', self.format.key, self.head_dim), ('V', self.format.value, self.v_head_dim)):
+            part = part_dim(dim, encoding.codec.parts)
+            sizes |= {f'D{suffix}': dim, f'PART{suffix}': part, f'PARTS{suffix}': encoding.codec.parts,
+                      f'BLOCK_D{suffix}': 1 << (dim - 1).bit_length(),
+                      f'BLOCK_P{suffix}': 1 << (part - 1).bit_length()}
         return sizes
 
     def strides(self) -> tuple[int, ...]:

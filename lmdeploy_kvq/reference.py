@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .formats import GROUP, Codec, Encoding, stored_dim
+from .formats import GROUP, Codec, Encoding, part_dim
+from .transforms import Transform
 
 if TYPE_CHECKING:
     from .paged import PagedCache
@@ -28,74 +29,103 @@ def encode_codes(scaled: torch.Tensor, codec: Codec) -> torch.Tensor:
 
     Args:
         scaled: any shape, fp32.
-        codec: the number format. ``int8`` is stored offset-binary (code = n + 128).
+        codec: the number format. Integer formats have the code ``n = round(value + offset)``.
 
     Returns:
-        uint8 tensor of the same shape. Values beyond ``codec.qmax`` saturate; ties round to even.
+        uint8 tensor of the same shape, one code per element. Values beyond ``codec.qmax`` saturate; ties round to even.
     """
     clamped = scaled.float().clamp(-codec.qmax, codec.qmax)
     if codec.name in _FP8_DTYPES:
         return clamped.to(_FP8_DTYPES[codec.name]).view(torch.uint8)
-    if codec.name == 'int8':
-        return (clamped.round() + 128).to(torch.uint8)
-    raise ValueError(f'codec {codec.name!r} has no reference arithmetic')
+    return (clamped + codec.offset).round().to(torch.uint8)
 
 
 def decode_codes(codes: torch.Tensor, codec: Codec) -> torch.Tensor:
     """Inverse of :func:`encode_codes`: fp32 values, scale not applied."""
     if codec.name in _FP8_DTYPES:
         return codes.view(_FP8_DTYPES[codec.name]).float()
-    if codec.name == 'int8':
-        return codes.float() - 128
-    raise ValueError(f'codec {codec.name!r} has no reference arithmetic')
+    return codes.float() - codec.offset
 
 
-def encode(x: torch.Tensor, encoding: Encoding, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(x: torch.Tensor, encoding: Encoding, scale: torch.Tensor | None = None,
+           transform: Transform | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize rows.
 
-    Per-token-head: ``scale = max(absmax / qmax, 1e-6)`` over the last axis (vLLM's per-token-head rule).
-    Static: ``scale`` is given. Value = code x scale.
+    Static: ``scale`` is given. Per-token-head: over a row's elements, the step of the grid is ``absmax / qmax`` (vLLM's
+    per-token-head rule) or ``rms``, times a constant, at least 1e-6; and the scale is that step, or what fits the
+    codes c best afterwards: <x, c> / <c, c> (least squares), <x, x> / <x, c> (keeps <x, decoded x>, as RaBitQ's
+    estimator does: Gao and Long, 2024, arXiv:2405.12497). Value = (code - offset) x scale.
 
     Args:
         x: [..., heads, head_dim], any float dtype.
-        encoding: codec and scale granularity.
+        encoding: codec, rotation and scale.
         scale: static scale, fp32, a scalar or [heads]; only for static encodings.
+        transform: what rows are multiplied with first; needed by encodings with a rotation.
 
     Returns:
-        codes uint8 [..., heads, head_dim] and scale fp32: [..., heads], or the static scale given.
+        codes uint8 [..., heads, head_dim], one per element, and scale fp32: [..., heads], or the static scale given.
     """
     x = x.float().clamp(-MAX_INPUT, MAX_INPUT)
-    if encoding.per_token_head:
-        scale = (x.abs().amax(-1) / encoding.codec.qmax).clamp(min=MIN_SCALE)
+    if encoding.rotation is not None:
+        if transform is None:
+            raise ValueError('an encoding with a rotation needs its transform')
+        x = transform.store(x)
+    if not encoding.per_token_head:
+        if scale is None:
+            raise ValueError('a static encoding needs its scale')
         return encode_codes(x / scale[..., None], encoding.codec), scale
-    if scale is None:
-        raise ValueError('a static encoding needs its scale')
-    return encode_codes(x / scale[..., None], encoding.codec), scale
+    size = x.abs().amax(-1) / encoding.codec.qmax if encoding.statistic == 'absmax' else x.square().mean(-1).sqrt()
+    step = (size * encoding.shrink).clamp(min=MIN_SCALE)
+    codes = encode_codes(x / step[..., None], encoding.codec)
+    if encoding.rule == 'step':
+        return codes, step
+    c = decode_codes(codes, encoding.codec)
+    xc = (x * c).sum(-1)
+    if encoding.rule == 'least_squares':
+        return codes, (xc / c.square().sum(-1)).clamp(min=MIN_SCALE)
+    return codes, (x.square().sum(-1) / xc.clamp(min=MIN_SCALE**2)).clamp(min=MIN_SCALE)
 
 
-def decode(codes: torch.Tensor, encoding: Encoding, scale: torch.Tensor) -> torch.Tensor:
+def decode(codes: torch.Tensor, encoding: Encoding, scale: torch.Tensor,
+           transform: Transform | None = None) -> torch.Tensor:
     """Inverse of :func:`encode`: fp32 values of codes [..., heads, head_dim] with scale [..., heads], [heads] or []."""
-    return decode_codes(codes, encoding.codec) * scale[..., None]
+    values = decode_codes(codes, encoding.codec) * scale[..., None]
+    return transform.restore(values) if encoding.rotation is not None and transform is not None else values
+
+
+def pack(codes: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """Bytes [..., part] of codes [..., dim]; see :func:`~lmdeploy_kvq.formats.part_dim`. Padding is zero bits."""
+    part = part_dim(codes.size(-1), codec.parts)
+    padded = torch.nn.functional.pad(codes, (0, part * codec.parts - codes.size(-1))).unflatten(-1, (codec.parts, part))
+    shifts = torch.arange(codec.parts, device=codes.device, dtype=torch.int32)[:, None] * codec.bits
+    return (padded.int() << shifts).sum(-2).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, codec: Codec, dim: int) -> torch.Tensor:
+    """Inverse of :func:`pack`: codes [..., dim], one per byte."""
+    shifts = torch.arange(codec.parts, device=packed.device, dtype=torch.int32)[:, None] * codec.bits
+    codes = (packed.int()[..., None, :] >> shifts) & (2**codec.bits - 1)
+    return codes.flatten(-2)[..., :dim].to(torch.uint8)
 
 
 def _pages(cache: PagedCache, slots: torch.Tensor) -> list[tuple[Any, ...]]:
-    """Of K and of V: encoding, row size, codes token by token, their index by ``slots``, and the two kinds of scale."""
+    """Of K and of V: encoding, transform, row size, bytes token by token, their index by ``slots``, both scales."""
     block, offset = slots // cache.block_size, slots % cache.block_size
     group = offset // GROUP
     of_k = (block, slice(None), group, offset // 8 % 2, offset % 8)
     of_v = (block, slice(None), group, offset // 4 % 4, offset % 4)
-    return [(cache.format.key, cache.head_dim, cache.k_rows, of_k, cache.k_scales, cache.k_static_scale),
-            (cache.format.value, cache.v_head_dim, cache.v_rows, of_v, cache.v_scales, cache.v_static_scale)]
+    fmt = cache.format
+    return [(fmt.key, cache.k_transform, cache.head_dim, cache.k_rows, of_k, cache.k_scales, cache.k_static_scale),
+            (fmt.value, cache.v_transform, cache.v_head_dim, cache.v_rows, of_v, cache.v_scales, cache.v_static_scale)]
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:
     """Quantize and write new tokens; see :func:`lmdeploy_kvq.reshape_and_cache`."""
     written = slot_mapping >= 0
     slots = slot_mapping[written].long()
-    for x, (encoding, dim, codes, where, scales, static) in zip((key, value), _pages(cache, slots)):
-        padded = torch.nn.functional.pad(x[written], (0, stored_dim(dim) - dim))
-        new_codes, new_scales = encode(padded, encoding, static)
-        codes[where] = new_codes.unflatten(-1, codes.shape[len(where):])
+    for x, (encoding, transform, _, rows, where, scales, static) in zip((key, value), _pages(cache, slots)):
+        codes, new_scales = encode(x[written], encoding, static, transform)
+        rows[where] = pack(codes, encoding.codec).unflatten(-1, rows.shape[len(where):])
         if encoding.per_token_head:
             scales[slots // cache.block_size, :, slots % cache.block_size] = new_scales
 
@@ -114,9 +144,9 @@ def gather(cache: PagedCache, block_table: torch.Tensor, kv_len: int) -> tuple[t
     position = torch.arange(kv_len, device=block_table.device)
     slots = block_table[position // cache.block_size].long() * cache.block_size + position % cache.block_size
     out = []
-    for encoding, dim, codes, where, scales, static in _pages(cache, slots):
+    for encoding, transform, dim, rows, where, scales, static in _pages(cache, slots):
         scale = scales[slots // cache.block_size, :, slots % cache.block_size] if encoding.per_token_head else static
-        out.append(decode(codes[where].flatten(2), encoding, scale)[..., :dim])
+        out.append(decode(unpack(rows[where].flatten(2), encoding.codec, dim), encoding, scale, transform))
     return out[0], out[1]
 
 

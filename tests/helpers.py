@@ -61,7 +61,8 @@ class Problem:
 def poisoned_cache(fmt: KVFormat, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, v_head_dim: int,
                    device: str, pooled: bool) -> tuple[kvq.PagedCache, torch.Tensor | None]:
     """A cache full of 0xFF: separate tensors, or views into one pool like LMDeploy's PackedBlockCacheLayout."""
-    shapes = [((kv_heads, *page_shape(block_size, dim)), torch.uint8) for dim in (head_dim, v_head_dim)]
+    shapes = [((kv_heads, *page_shape(block_size, dim, encoding)), torch.uint8)
+              for dim, encoding in ((head_dim, fmt.key), (v_head_dim, fmt.value))]
     for encoding in (fmt.key, fmt.value):
         shapes.append(((kv_heads, block_size if encoding.per_token_head else 0), torch.float32))
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes]
@@ -136,7 +137,7 @@ def finite(x: torch.Tensor) -> bool:
 
 def grid(codec: Codec) -> torch.Tensor:
     """Every finite value codes of ``codec`` stand for within its range, ascending, without repetition."""
-    values = reference.decode_codes(torch.arange(256, dtype=torch.int32).to(torch.uint8), codec)
+    values = reference.decode_codes(torch.arange(2**codec.bits, dtype=torch.int32).to(torch.uint8), codec)
     return values[values.isfinite() & (values.abs() <= codec.qmax)].unique()
 
 

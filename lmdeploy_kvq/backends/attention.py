@@ -7,11 +7,16 @@ from typing import Any
 import torch
 
 from ..formats import KVFormat, find_format
-from ..kernels.decode import decode
+from ..kernels.decode import Workspace, decode
 from ..kernels.fill import TokenLayout, fill
 from ..paged import PagedCache
+from ..transforms import Transform
 from . import observer
 from .prefill import prefill, window_of
+
+
+TRANSFORM = '_kvq_k_transform'
+"""Attribute of an attention implementation: the layer's calibrated transform of K, where it has one."""
 
 
 def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tensor, key: torch.Tensor | None,
@@ -25,24 +30,28 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
             observer.ACTIVE.see(impl, query, key, value, attn_metadata)
         return original(impl, query, key, value, k_cache, v_cache, attn_metadata, k_scales_zeros=k_scales_zeros,
                         v_scales_zeros=v_scales_zeros, learnable_sink=learnable_sink, inplace=inplace, **kwargs)
-    cache = page_views(fmt, k_cache, v_cache, query.size(-1), impl.v_head_size, k_scales_zeros, v_scales_zeros)
+    cache = page_views(fmt, k_cache, v_cache, query.size(-1), impl.v_head_size, k_scales_zeros, v_scales_zeros,
+                       getattr(impl, TRANSFORM, None))
     batch = attn_metadata.q_seqlens.size(0)
     query_len = query.size(0) // batch if attn_metadata.is_decoding else 0
-    written = key is not None and value is not None
-    if key is not None and value is not None:
-        fill(key, value, cache, TokenLayout(q_start=attn_metadata.q_start_loc, q_lens=attn_metadata.q_seqlens,
-                                            kv_lens=attn_metadata.kv_seqlens, block_table=attn_metadata.block_offsets,
-                                            uniform_query_len=query_len))
+    layout = TokenLayout(q_start=attn_metadata.q_start_loc, q_lens=attn_metadata.q_seqlens,
+                         kv_lens=attn_metadata.kv_seqlens, block_table=attn_metadata.block_offsets,
+                         uniform_query_len=query_len)
     if attn_metadata.is_decoding:
+        workspace = Workspace.allocate(query, cache, batch, query_len)
         out = query.new_empty((*query.shape[:2], cache.v_head_dim))
+        fill(key, value, cache, layout, workspace.inputs(query))
         return decode(query, cache, attn_metadata.block_offsets, attn_metadata.kv_seqlens, out, query_len=query_len,
                       sm_scale=impl.scale, window=window_of(impl), softcap=_softcap(impl), sinks=learnable_sink,
-                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, inputs_ready=written)
+                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, workspace=workspace, filled=True)
+    if key is not None and value is not None:
+        fill(key, value, cache, layout)
     return prefill(impl, query, key, value, cache, attn_metadata, learnable_sink)
 
 
 def page_views(fmt: KVFormat, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int, v_head_dim: int,
-               k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> PagedCache:
+               k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+               k_transform: Transform | None = None) -> PagedCache:
     """LMDeploy's views of one layer as a :class:`PagedCache`.
 
     The scale arguments carry what the format stores: per-(token, head) scales from the pool, or the attention layer's
@@ -50,7 +59,7 @@ def page_views(fmt: KVFormat, k_cache: torch.Tensor, v_cache: torch.Tensor, head
     """
     per_k, per_v = fmt.key.per_token_head, fmt.value.per_token_head
     return PagedCache(fmt, k_cache, v_cache, head_dim, v_head_dim, k_scale if per_k else None,
-                      v_scale if per_v else None, None if per_k else k_scale, None if per_v else v_scale)
+                      v_scale if per_v else None, None if per_k else k_scale, None if per_v else v_scale, k_transform)
 
 
 def _softcap(impl: Any) -> float | None:

@@ -57,25 +57,25 @@ def _kv_heads(model_config: Any, world_size: int) -> int:
 
 
 def build_k_cache_desc(original: Callable[..., Any], model_config: Any, cache_config: Any, world_size: int = 1) -> Any:
-    """K pages: uint8 [kv_heads, block / 16, 16 * head_dim]."""
+    """K pages: uint8 [kv_heads, block / 16, 16 * bytes of a row]."""
     fmt = find_format(cache_config.quant_policy)
     if fmt is None:
         return original(model_config, cache_config, world_size)
     from lmdeploy.pytorch.engine.cache_engine.schema import CacheDesc
     head_dim = model_config.k_head_dim or model_config.head_dim
-    return CacheDesc(shape=[_kv_heads(model_config, world_size), *page_shape(cache_config.kernel_block_size, head_dim)],
-                     dtype=torch.uint8)
+    return CacheDesc(shape=[_kv_heads(model_config, world_size), *page_shape(cache_config.kernel_block_size, head_dim,
+                                                                                fmt.key)], dtype=torch.uint8)
 
 
 def build_v_cache_desc(original: Callable[..., Any], model_config: Any, cache_config: Any, world_size: int = 1) -> Any:
-    """V pages: uint8 [kv_heads, block / 16, 16 * v_head_dim]."""
+    """V pages: uint8 [kv_heads, block / 16, 16 * bytes of a row]."""
     fmt = find_format(cache_config.quant_policy)
     if fmt is None:
         return original(model_config, cache_config, world_size)
     from lmdeploy.pytorch.engine.cache_engine.schema import CacheDesc
     head_dim = model_config.v_head_dim or model_config.head_dim
-    return CacheDesc(shape=[_kv_heads(model_config, world_size), *page_shape(cache_config.kernel_block_size, head_dim)],
-                     dtype=torch.uint8)
+    return CacheDesc(shape=[_kv_heads(model_config, world_size), *page_shape(cache_config.kernel_block_size, head_dim,
+                                                                                fmt.value)], dtype=torch.uint8)
 
 
 def build_quant_cache_descs(original: Callable[..., Any], k_cache_desc: Any, v_cache_desc: Any, model_config: Any,

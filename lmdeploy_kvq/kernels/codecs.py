@@ -1,8 +1,13 @@
 """Device arithmetic of the codecs: codes to fp16 and scaled fp32 values to codes. No addresses here.
 
 Every function takes ``CAP``, the compute capability as an integer (90 for sm_90; 0 for portable Triton, e.g. the
-interpreter), and picks the cheapest exact instructions. ``decode_*`` returns fp16 values divided by the codec's gain
-(a power of two, see :func:`decode_gain`), so that GPUs without fp8 conversion can decode with shifts alone.
+interpreter), and picks the cheapest exact instructions.
+
+``decode_*`` takes bytes and returns a tuple of fp16 tensors of their shape, one for each code in a byte, the lowest bits
+first. What it returns is the stored value plus the codec's offset, divided by a power of two (:func:`decode_gain`): GPUs
+without fp8 conversion decode with shifts alone. Part i of an integer code is 2^(bits x i) times larger, for it stays
+where it stands in its byte: an fp16 whose bits are just an integer n is n x 2^-24, exactly (a subnormal number, which
+tensor cores multiply as fast as any other), so that neither conversion, shift nor subtraction is needed.
 """
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..formats import Codec
+from ..formats import Codec, KVFormat
 
 FP8_CONVERT_CAP = tl.constexpr(89)  # first compute capability with e4m3 conversion instructions
 FP8_ROUND_CAP = tl.constexpr(90)  # first one for which Triton rounds fp32 to fp8 once; on 89 it goes through fp16
@@ -48,9 +53,9 @@ def encode_e4m3(x, CAP: tl.constexpr):
 def decode_e4m3(codes, CAP: tl.constexpr):
     """e4m3 codes to fp16; divided by 256 where the GPU lacks the conversion (fp16's exponent bias is 8 larger)."""
     if CAP >= FP8_CONVERT_CAP:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        return (codes.to(tl.float8e4nv, bitcast=True).to(tl.float16), )
     elif CAP > 0:
-        return tl.inline_asm_elementwise(
+        return (tl.inline_asm_elementwise(
             """{
             .reg .b32 lo, hi, slo, shi;
             prmt.b32 lo, $2, 0, 0x1404;
@@ -63,10 +68,10 @@ def decode_e4m3(codes, CAP: tl.constexpr):
             shr.u32 hi, hi, 1;
             or.b32 $0, lo, slo;
             or.b32 $1, hi, shi;
-            }""", '=r,=r,r', [codes], dtype=tl.float16, is_pure=True, pack=4)
+            }""", '=r,=r,r', [codes], dtype=tl.float16, is_pure=True, pack=4), )
     else:
         wide = codes.to(tl.uint16)
-        return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        return ((((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True), )
 
 
 @triton.jit
@@ -89,10 +94,10 @@ def encode_e5m2(x, CAP: tl.constexpr):
 def decode_e5m2(codes, CAP: tl.constexpr):
     """e5m2 codes to fp16: the code is fp16's upper byte."""
     if CAP > 0:
-        return tl.inline_asm_elementwise('prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;', '=r,=r,r', [codes],
-                                         dtype=tl.float16, is_pure=True, pack=4)
+        return (tl.inline_asm_elementwise('prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;', '=r,=r,r',
+                                          [codes], dtype=tl.float16, is_pure=True, pack=4), )
     else:
-        return (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+        return ((codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True), )
 
 
 @triton.jit
@@ -102,28 +107,86 @@ def finite_e5m2(values):
 
 
 @triton.jit
+def _encode_integer(x, QMAX: tl.constexpr, OFFSET: tl.constexpr):
+    """fp32 to round(x + OFFSET), ties to even, as uint8."""
+    x = tl.minimum(tl.maximum(x, -QMAX), QMAX) + OFFSET
+    # 1.5 * 2**23: the low byte of the sum is the rounded number.
+    return ((x + 12582912.0).to(tl.uint32, bitcast=True) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
 def encode_int8(x, CAP: tl.constexpr):
-    """fp32 to offset-binary int8 (n + 128) as uint8, ties to even."""
-    x = tl.minimum(tl.maximum(x, -127.0), 127.0)
-    # 1.5 * 2**23 + 128: the low byte of the sum is round(x) + 128.
-    return ((x + 12583040.0).to(tl.uint32, bitcast=True) & 0xFF).to(tl.uint8)
+    """fp32 to int8 codes, -127 to 127 plus 128, as uint8."""
+    return _encode_integer(x, 127.0, 128.0)
+
+
+@triton.jit
+def encode_int4(x, CAP: tl.constexpr):
+    """fp32 to int4 codes, 0 to 15 for -7.5 to 7.5, as uint8."""
+    return _encode_integer(x, 7.5, 7.5)
+
+
+@triton.jit
+def encode_int2(x, CAP: tl.constexpr):
+    """fp32 to int2 codes, 0 to 3 for -1.5 to 1.5, as uint8."""
+    return _encode_integer(x, 1.5, 1.5)
+
+
+@triton.jit
+def _in_place(codes, MASK: tl.constexpr):
+    """fp16 whose bits are ``codes & MASK``."""
+    return (codes.to(tl.uint16) & MASK).to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def decode_int8(codes, CAP: tl.constexpr):
-    """Offset-binary int8 codes to fp16. The fp16 with bits 0x6400 | n is 1024 + n: no integer conversion is needed."""
+    """int8 codes to fp16, n x 2^-24."""
+    if CAP > 0:
+        return (tl.inline_asm_elementwise('prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;', '=r,=r,r', [codes],
+                                          dtype=tl.float16, is_pure=True, pack=4), )
+    else:
+        return (_in_place(codes, 0xFF), )
+
+
+@triton.jit
+def decode_int4(codes, CAP: tl.constexpr):
+    """Two int4 codes of each byte to fp16: n x 2^-24, and n x 2^-20 of the upper one."""
     if CAP > 0:
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 lo, hi, bias;
-            mov.b32 bias, 0x64806480;
-            prmt.b32 lo, $2, 0x64646464, 0x4140;
-            prmt.b32 hi, $2, 0x64646464, 0x4342;
-            sub.f16x2 $0, lo, bias;
-            sub.f16x2 $1, hi, bias;
-            }""", '=r,=r,r', [codes], dtype=tl.float16, is_pure=True, pack=4)
+            .reg .b32 lo, hi;
+            prmt.b32 lo, $4, 0, 0x4140;
+            prmt.b32 hi, $4, 0, 0x4342;
+            and.b32 $0, lo, 0x000f000f;
+            and.b32 $1, hi, 0x000f000f;
+            and.b32 $2, lo, 0x00f000f0;
+            and.b32 $3, hi, 0x00f000f0;
+            }""", '=&r,=&r,=&r,=&r,r', [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
     else:
-        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+        return _in_place(codes, 0x0F), _in_place(codes, 0xF0)
+
+
+@triton.jit
+def decode_int2(codes, CAP: tl.constexpr):
+    """Four int2 codes of each byte to fp16: n x 2^-24, 2^-22, 2^-20 and 2^-18."""
+    if CAP > 0:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 lo, hi;
+            prmt.b32 lo, $8, 0, 0x4140;
+            prmt.b32 hi, $8, 0, 0x4342;
+            and.b32 $0, lo, 0x00030003;
+            and.b32 $1, hi, 0x00030003;
+            and.b32 $2, lo, 0x000c000c;
+            and.b32 $3, hi, 0x000c000c;
+            and.b32 $4, lo, 0x00300030;
+            and.b32 $5, hi, 0x00300030;
+            and.b32 $6, lo, 0x00c000c0;
+            and.b32 $7, hi, 0x00c000c0;
+            }""", '=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r', [codes],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4)
+    else:
+        return _in_place(codes, 0x03), _in_place(codes, 0x0C), _in_place(codes, 0x30), _in_place(codes, 0xC0)
 
 
 @triton.jit
@@ -139,18 +202,23 @@ class DeviceCodec:
     Attributes:
         encode, decode: fp32 to codes, codes to fp16.
         finite: makes whatever ``decode`` returns finite, for slots that were never written.
-        soft_gain: what ``decode`` divides by on GPUs without fp8 conversion.
+        gain: what ``decode`` divides by; soft_gain: on GPUs without fp8 conversion.
     """
     encode: Any
     decode: Any
     finite: Any
+    gain: float = 1.0
     soft_gain: float = 1.0
 
+
+_INTEGER = 2.0**24  # fp16's smallest subnormal is 2^-24
 
 DEVICE_CODECS: dict[str, DeviceCodec] = {
     'e4m3': DeviceCodec(encode_e4m3, decode_e4m3, finite_e4m3, soft_gain=256.0),
     'e5m2': DeviceCodec(encode_e5m2, decode_e5m2, finite_e5m2),
-    'int8': DeviceCodec(encode_int8, decode_int8, finite_always),
+    'int8': DeviceCodec(encode_int8, decode_int8, finite_always, _INTEGER, _INTEGER),
+    'int4': DeviceCodec(encode_int4, decode_int4, finite_always, _INTEGER, _INTEGER),
+    'int2': DeviceCodec(encode_int2, decode_int2, finite_always, _INTEGER, _INTEGER),
 }
 
 
@@ -160,5 +228,17 @@ def device_codec(codec: Codec) -> DeviceCodec:
 
 
 def decode_gain(codec: Codec, cap: int) -> float:
-    """Factor that turns what ``decode`` returns into the value the code stands for."""
-    return 1.0 if cap >= FP8_CONVERT_CAP.value else DEVICE_CODECS[codec.name].soft_gain
+    """Factor that turns what ``decode`` returns into the value the code stands for, plus the codec's offset."""
+    device = DEVICE_CODECS[codec.name]
+    return device.gain if cap >= FP8_CONVERT_CAP.value else device.soft_gain
+
+
+def decoding(fmt: KVFormat, cap: int) -> dict[str, Any]:
+    """The constants of kernels that read pages: of K, and with a V behind the names of V."""
+    constants = {}
+    for encoding, suffix in ((fmt.key, ''), (fmt.value, 'V')):
+        codec = encoding.codec
+        for name, value in (('DECODE', device_codec(codec).decode), ('BITS', codec.bits), ('OFFSET', codec.offset),
+                            ('GAIN', decode_gain(codec, cap)), ('PER_TOKEN', encoding.per_token_head)):
+            constants[name + suffix] = value
+    return constants

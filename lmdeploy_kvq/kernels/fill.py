@@ -1,8 +1,12 @@
-"""Fill: quantize new K and V rows and write them into their pages, one pass, codes and scales together."""
+"""Fill: rotate and quantize new K and V rows and write them into their pages, in one pass; and rotate their queries.
+
+Rows are columns here, [dim, rows]: a rotation is then a matrix times few columns, for which tensor cores have narrow
+products.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -11,76 +15,179 @@ import triton.language as tl
 from ..reference import MAX_INPUT, MIN_SCALE
 from .codecs import device_codec
 from .launch import check_device, compute_capability, dependent_launch
+from .rotation import column_power, rotated_part
 from .tiles import key_offset, token_slots, value_offset
 
 if TYPE_CHECKING:
+    from ..formats import Encoding
     from ..paged import PagedCache
 
 
+STEP, LEAST_SQUARES, UNBIASED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_RULES = {'step': STEP.value, 'least_squares': LEAST_SQUARES.value, 'unbiased': UNBIASED.value}
+
+
 @triton.jit
-def _quantize_rows(x, static_ptr, static_offset, ENCODE: tl.constexpr, QMAX: tl.constexpr, PER_TOKEN: tl.constexpr,
+def _grid_step(parts, mask, PARTS: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr,
+               FACTOR: tl.constexpr, MIN_SCALE: tl.constexpr):
+    """Step of each column's grid: FACTOR times its largest magnitude, or its root mean square."""
+    size = tl.sum(parts[0], 0) * 0.0
+    for part in tl.static_range(PARTS):
+        if RMS:
+            size += tl.sum(parts[part] * parts[part], 0)
+        else:
+            size = tl.maximum(size, tl.max(tl.abs(parts[part]), 0))
+    if RMS:
+        size = tl.sqrt(size * (1.0 / D))
+    return tl.maximum(size * FACTOR, MIN_SCALE)
+
+
+@triton.jit
+def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matrix_ptr, live, place,  #
+                   ENCODE: tl.constexpr, OFFSET: tl.constexpr, RMS: tl.constexpr, FACTOR: tl.constexpr,
+                   RULE: tl.constexpr, PER_TOKEN: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
+                   PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                    MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, CAP: tl.constexpr):
-    """Codes [rows, dim] and scales [rows] of a tile; see ``reference.encode``."""
-    x = tl.minimum(tl.maximum(x.to(tl.float32), -MAX_INPUT), MAX_INPUT)
-    if PER_TOKEN:
-        scale = tl.maximum(tl.max(tl.abs(x), 1) * (1.0 / QMAX), MIN_SCALE)
-        return ENCODE(x * (1.0 / scale)[:, None], CAP), scale
+    """Quantize rows [D] at ``x_ptr + offset`` and write them; see ``reference.encode``.
+
+    Args:
+        matrix_ptr: A^T of the rotation, or None.
+        codes_ptr: [columns] pointers to page and head; place: [BLOCK_P, columns] offsets of the bytes there.
+        scales_ptr: [columns] pointers to the scales, where they are per token; static_ptr: to the scale, elsewhere.
+        valid: columns that there are to read; live: columns that have a place to go.
+    """
+    byte = tl.arange(0, BLOCK_P)
+    parts = ()
+    if matrix_ptr is not None:
+        power = column_power(x_ptr, offset, valid, D, BLOCK_D, MAX_INPUT)
+        for part in tl.static_range(PARTS):
+            parts += (rotated_part(x_ptr, offset, valid, power, matrix_ptr, part * PART, D, PART, BLOCK_P,
+                                   BLOCK_D, MAX_INPUT), )
     else:
-        scale = tl.load(static_ptr + static_offset)
-        return ENCODE(x * (1.0 / scale), CAP), scale
+        for part in tl.static_range(PARTS):
+            there = (byte < PART) & (byte + part * PART < D)
+            x = tl.load(x_ptr + offset[None, :] + (byte + part * PART)[:, None], mask=valid[None, :] & there[:, None],
+                        other=0.0).to(tl.float32)
+            parts += (tl.minimum(tl.maximum(x, -MAX_INPUT), MAX_INPUT), )
+    if PER_TOKEN:
+        step = _grid_step(parts, valid, PARTS, PART, D, RMS, FACTOR, MIN_SCALE)
+    else:
+        step = tl.load(static_ptr) + tl.zeros_like(offset).to(tl.float32)
+    inverse = 1.0 / step
+    packed = tl.zeros_like(place).to(tl.int32)
+    xc, cc, xx = step * 0.0, step * 0.0, step * 0.0
+    for part in tl.static_range(PARTS):
+        there = ((byte < PART) & (byte + part * PART < D))[:, None]
+        codes = ENCODE(parts[part] * inverse[None, :], CAP).to(tl.int32)
+        if RULE != 0:
+            c = tl.where(there, codes.to(tl.float32) - OFFSET, 0.0)
+            xc += tl.sum(parts[part] * c, 0)
+            cc += tl.sum(c * c, 0)
+            xx += tl.sum(parts[part] * parts[part], 0)
+        packed += tl.where(there, codes << (BITS * part), 0)
+    tl.store(codes_ptr[None, :] + place, packed.to(tl.uint8), mask=live[None, :] & (byte < PART)[:, None])
+    if PER_TOKEN:
+        scale = step
+        if RULE == 1:
+            scale = tl.maximum(xc / cc, MIN_SCALE)
+        if RULE == 2:
+            scale = tl.maximum(xx / tl.maximum(xc, MIN_SCALE * MIN_SCALE), MIN_SCALE)
+        tl.store(scales_ptr, scale, mask=live)
 
 
-@triton.jit(do_not_specialize=['batch', 'num_tokens'])  # they differ from step to step
+@triton.jit
+def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_rows, stride_t, stride_h, num_heads,
+                    HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write fp32 queries [tokens, heads, D], times the inverse of K's matrix, transposed."""
+    head = kv_head * HEADS_PER_KV + column % HEADS_PER_KV
+    token = (column // HEADS_PER_KV).to(tl.int64)
+    valid = column < num_rows
+    offset = token * stride_t + head * stride_h
+    power = column_power(query_ptr, offset, valid, D, BLOCK_D, float('inf'))
+    out = rotated_part(query_ptr, offset, valid, power, matrix_ptr, 0, D, D, BLOCK_D, BLOCK_D, float('inf'))
+    dim = tl.arange(0, BLOCK_D)
+    tl.store(rotated_ptr + ((token * num_heads + head) * D)[None, :] + dim[:, None], out,
+             mask=valid[None, :] & (dim < D)[:, None])
+
+
+@triton.jit(do_not_specialize=['batch', 'num_tokens', 'num_counters'])  # they differ from step to step
 def _fill_kernel(
-        key_ptr, value_ptr, k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr,  #
-        slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch, num_tokens,  #
-        stride_key_t, stride_key_h, stride_value_t, stride_value_h,  # new rows: token, head; contiguous last axis
+        key_ptr, value_ptr, query_ptr, rotated_ptr, counters_ptr, k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr,
+        k_static_ptr, v_static_ptr, k_matrix_ptr, v_matrix_ptr, q_matrix_ptr,  #
+        slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch, num_tokens, num_counters,  #
+        stride_key_t, stride_key_h, stride_value_t, stride_value_h, stride_query_t, stride_query_h,  # token, head
+        stride_k_matrix, stride_v_matrix, num_heads,  #
         stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
-        ENCODE_K: tl.constexpr, ENCODE_V: tl.constexpr, QMAX_K: tl.constexpr, QMAX_V: tl.constexpr,  #
-        K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr,  #
-        D: tl.constexpr, DV: tl.constexpr, STORED: tl.constexpr, STORED_V: tl.constexpr, BLOCK_D: tl.constexpr,  #
-        BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,  #
+        ENCODE: tl.constexpr, ENCODEV: tl.constexpr, OFFSET: tl.constexpr, OFFSETV: tl.constexpr,  #
+        RMS: tl.constexpr, RMSV: tl.constexpr, FACTOR: tl.constexpr, FACTORV: tl.constexpr, RULE: tl.constexpr,
+        RULEV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr, BITS: tl.constexpr,
+        BITSV: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr,  #
+        D: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, PARTV: tl.constexpr, BLOCK_P: tl.constexpr,
+        BLOCK_PV: tl.constexpr, PARTS: tl.constexpr, PARTSV: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_DV: tl.constexpr, HEADS_PER_KV: tl.constexpr, FILLS: tl.constexpr,  #
         TOKENS: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr,
         PDL: tl.constexpr, CAP: tl.constexpr):
-    """One program writes TOKENS new tokens of one KV head."""
+    """One program writes K or V of TOKENS new tokens of one KV head, or rotates TOKENS of its query rows.
+
+    ``program_id(1)`` counts the tiles of K, then those of V (both if FILLS), then those of the queries.
+    """
     if PDL:
         # Decode divides its work meanwhile. It may, because whatever ran before this kernel has ended by now; and it
-        # waits for this kernel before it reads pages.
+        # waits for this kernel before it reads what is written here.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    head = tl.program_id(0)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    valid = (token < num_tokens)[:, None]
-    row = token.to(tl.int64)[:, None]
-    dim = tl.arange(0, BLOCK_D)
-    dim_v = tl.arange(0, BLOCK_DV)
-    # Rows are asked for before their slots, which take two reads in a row.
-    key = tl.load(key_ptr + row * stride_key_t + head * stride_key_h + dim[None, :], mask=valid & (dim < D)[None, :],
-                  other=0.0)
-    value = tl.load(value_ptr + row * stride_value_t + head * stride_value_h + dim_v[None, :],
-                    mask=valid & (dim_v < DV)[None, :], other=0.0)
-    slot = token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
-                       PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH)
-    live = slot >= 0
-    slot = tl.maximum(slot, 0)
-    block, offset = slot // PAGE, slot % PAGE
-
-    # Beyond its dim elements a row is padded with the codes of zeros, which products read.
-    codes, scale = _quantize_rows(key, k_static_ptr, head * stride_k_static, ENCODE_K, QMAX_K, K_PER_TOKEN, MIN_SCALE,
-                                  MAX_INPUT, CAP)
-    tl.store(k_codes_ptr + (block * stride_kb)[:, None] + head * stride_kh
-             + key_offset(offset[:, None], dim[None, :], STORED), codes, mask=live[:, None] & (dim < STORED)[None, :])
-    if K_PER_TOKEN:
-        tl.store(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, scale, mask=live)
-
-    codes, scale = _quantize_rows(value, v_static_ptr, head * stride_v_static, ENCODE_V, QMAX_V, V_PER_TOKEN, MIN_SCALE,
-                                  MAX_INPUT, CAP)
-    tl.store(v_codes_ptr + (block * stride_vb)[:, None] + head * stride_vh
-             + value_offset(offset[:, None], dim_v[None, :], STORED_V), codes,
-             mask=live[:, None] & (dim_v < STORED_V)[None, :])
-    if V_PER_TOKEN:
-        tl.store(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, scale, mask=live)
+    head, pid = tl.program_id(0), tl.program_id(1)
+    if counters_ptr is not None:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        for start in range((pid * tl.num_programs(0) + head) * 128, num_counters, programs * 128):
+            index = start + tl.arange(0, 128)
+            tl.store(counters_ptr + index, tl.zeros([128], tl.int32), mask=index < num_counters)
+    tiles = tl.cdiv(num_tokens, TOKENS) if FILLS else 0
+    if pid >= 2 * tiles:
+        if query_ptr is not None:
+            column = (pid - 2 * tiles) * TOKENS + tl.arange(0, TOKENS)
+            _rotate_queries(query_ptr, rotated_ptr, q_matrix_ptr + head * stride_k_matrix, head, column,
+                            num_tokens * HEADS_PER_KV, stride_query_t, stride_query_h, num_heads, HEADS_PER_KV, D,
+                            BLOCK_D)
+        return
+    if FILLS:
+        token = (pid % tiles) * TOKENS + tl.arange(0, TOKENS)
+        row = token.to(tl.int64)
+        slot = token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table,
+                           batch, PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH)
+        live = slot >= 0
+        slot = tl.maximum(slot, 0)
+        block, offset = slot // PAGE, slot % PAGE
+        if pid < tiles:
+            matrix_ptr = None
+            if k_matrix_ptr is not None:
+                matrix_ptr = k_matrix_ptr + head * stride_k_matrix
+            scales_ptr = None
+            static_ptr = None
+            if PER_TOKEN:
+                scales_ptr = k_scales_ptr + block * stride_ksb + head * stride_ksh + offset
+            else:
+                static_ptr = k_static_ptr + head * stride_k_static
+            _write_columns(key_ptr, row * stride_key_t + head * stride_key_h, token < num_tokens,
+                           k_codes_ptr + block * stride_kb + head * stride_kh, scales_ptr, static_ptr, matrix_ptr, live,
+                           key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), ENCODE, OFFSET, RMS,
+                           FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT, CAP)
+        else:
+            matrix_ptr = None
+            if v_matrix_ptr is not None:
+                matrix_ptr = v_matrix_ptr + head * stride_v_matrix
+            scales_ptr = None
+            static_ptr = None
+            if PER_TOKENV:
+                scales_ptr = v_scales_ptr + block * stride_vsb + head * stride_vsh + offset
+            else:
+                static_ptr = v_static_ptr + head * stride_v_static
+            _write_columns(value_ptr, row * stride_value_t + head * stride_value_h, token < num_tokens,
+                           v_codes_ptr + block * stride_vb + head * stride_vh, scales_ptr, static_ptr, matrix_ptr, live,
+                           value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), ENCODEV, OFFSETV,
+                           RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV, MIN_SCALE,
+                           MAX_INPUT, CAP)
 
 
 @dataclass(frozen=True)
@@ -101,36 +208,90 @@ class TokenLayout:
     uniform_query_len: int = 0
 
 
-def fill(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, layout: TokenLayout) -> None:
+@dataclass(frozen=True)
+class DecodeInputs:
+    """What decoding needs besides the pages, prepared by the same launch.
+
+    Attributes:
+        counters: int32 [n], zeroed.
+        query: [tokens, heads, head_dim], and rotated: fp32 of the same shape, contiguous, written; or None both.
+    """
+    counters: torch.Tensor
+    query: torch.Tensor | None = None
+    rotated: torch.Tensor | None = None
+
+
+def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache, layout: TokenLayout,
+         inputs: DecodeInputs | None = None) -> None:
     """Quantize ``key`` [tokens, kv_heads, head_dim] and ``value`` [tokens, kv_heads, v_head_dim] into their pages.
 
-    Works in place on ``cache``; starts ``kv_heads x ceil(tokens / tile)`` programs and allocates nothing.
+    Works in place on ``cache``; starts two programs per KV head and tile of tokens and allocates nothing.
+
+    Args:
+        key, value: None both: nothing is written to the pages.
+        cache: the pages.
+        layout: which slots the tokens go to.
+        inputs: see :class:`DecodeInputs`.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit the cache.
     """
     check_device(cache.k_codes)
-    tokens = key.size(0)
+    tokens = _check(key, value, cache, inputs)
+    if tokens == 0:
+        return
+    fmt, table, cap = cache.format, layout.block_table, compute_capability(cache.k_codes.device)
+    batch = layout.kv_lens.size(0) if layout.slots is None and layout.kv_lens is not None else 1
+    query = None if inputs is None else inputs.query
+    k_transform, v_transform = cache.k_transform, cache.v_transform
+    few = layout.uniform_query_len > 0 or tokens <= 64
+    if k_transform is None and v_transform is None:
+        tile, warps = (1, 1) if few else (16, 4)
+    else:
+        tile, warps = (8, 4) if few else (64, 8)
+    heads_per_kv = 1 if query is None else query.size(1) // cache.num_kv_heads
+    programs = (0 if key is None else 2 * triton.cdiv(tokens, tile)) + (
+        0 if query is None else triton.cdiv(tokens * heads_per_kv, tile))
+    _fill_kernel[(cache.num_kv_heads, max(programs, 1))](
+        key, value, query, None if inputs is None else inputs.rotated, None if inputs is None else inputs.counters,
+        *cache.tensors(), k_transform and k_transform.forward_t, v_transform and v_transform.forward_t,
+        k_transform and k_transform.inverse, layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
+        0 if table is None else table.stride(0), batch, tokens, 0 if inputs is None else inputs.counters.numel(),
+        *_strides(key), *_strides(value), *_strides(query), k_transform.stride_h if k_transform else 0,
+        v_transform.stride_h if v_transform else 0, 0 if query is None else query.size(1), *cache.strides(),
+        **_encoding(fmt.key, ''), **_encoding(fmt.value, 'V'), MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT,
+        **cache.sizes(), HEADS_PER_KV=heads_per_kv,
+        FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
+        UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=warps,
+        **dependent_launch(cap))
+
+
+def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if x is None else x.stride()[:2]
+
+
+def _encoding(encoding: Encoding, suffix: str) -> dict[str, Any]:
+    """The kernel's constants of one encoding."""
+    codec = encoding.codec
+    rms = encoding.statistic == 'rms'
+    constants = {'ENCODE': device_codec(codec).encode, 'OFFSET': codec.offset, 'RMS': rms,
+                 'FACTOR': encoding.shrink * (1.0 if rms else 1.0 / codec.qmax), 'RULE': _RULES[encoding.rule],
+                 'PER_TOKEN': encoding.per_token_head, 'BITS': codec.bits}
+    return {name + suffix: value for name, value in constants.items()}
+
+
+def _check(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache,
+           inputs: DecodeInputs | None) -> int:
+    """Tokens to fill. Raises ValueError unless :func:`fill` can run."""
+    if key is None and (inputs is None or inputs.query is None):
+        return 0
+    tokens = key.size(0) if key is not None else inputs.query.size(0)  # type: ignore[union-attr]
     for what, x, dim in (('key', key, cache.head_dim), ('value', value, cache.v_head_dim)):
+        if x is None:
+            continue
         if x.dim() != 3 or x.shape != (tokens, cache.num_kv_heads, dim):
             raise ValueError(f'{what} has shape {tuple(x.shape)}, the cache takes '
                              f'[{tokens}, {cache.num_kv_heads}, {dim}]')
         if x.stride(-1) != 1:
             raise ValueError(f'{what} must be contiguous in its last axis')
-    if tokens == 0:
-        return
-    fmt, table, cap = cache.format, layout.block_table, compute_capability(key.device)
-    batch = 1 if layout.slots is not None else layout.kv_lens.size(0)  # type: ignore[union-attr]
-    tile = 1 if layout.uniform_query_len or tokens <= 64 else 16
-    k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
-    _fill_kernel[(cache.num_kv_heads, triton.cdiv(tokens, tile))](
-        key, value, *cache.tensors(), layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
-        0 if table is None else table.stride(0), batch, tokens,
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        *cache.strides(),
-        ENCODE_K=k_codec.encode, ENCODE_V=v_codec.encode, QMAX_K=fmt.key.codec.qmax, QMAX_V=fmt.value.codec.qmax,
-        K_PER_TOKEN=fmt.key.per_token_head, V_PER_TOKEN=fmt.value.per_token_head, MIN_SCALE=MIN_SCALE,
-        MAX_INPUT=MAX_INPUT, **cache.sizes(), TOKENS=tile,
-        SLOTS_GIVEN=layout.slots is not None, UNIFORM_QUERY_LEN=layout.uniform_query_len,
-        BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=1 if tile == 1 else 4,
-        **dependent_launch(cap))
+    return tokens

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .codecs import decode_gain, device_codec
+from .codecs import decoding
 from .launch import check_device, compute_capability
 from .tiles import key_rows, locate_tile, tile_block, tile_offset, value_columns
 
@@ -16,82 +16,131 @@ if TYPE_CHECKING:
     from ..paged import PagedCache
 
 
+@triton.jit
+def _store_rows(values, first, width, out_ptrs, new_ptrs, cached, fresh, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Write elements first .. first + width of rows [rows, BLOCK]: ``values`` where ``cached``, copies of the new rows
+    where ``fresh``."""
+    dim = tl.arange(0, BLOCK)
+    mask = ((dim < width) & (first + dim < D))[None, :]
+    values = tl.where(cached[:, None], values, 0.0).to(out_ptrs.dtype.element_ty)
+    if new_ptrs is not None:
+        new = tl.load(new_ptrs[:, None] + (first + dim)[None, :], mask=fresh[:, None] & mask, other=0.0)
+        values = tl.where(fresh[:, None], new.to(values.dtype), values)
+    tl.store(out_ptrs[:, None] + (first + dim)[None, :], values, mask=(cached | fresh)[:, None] & mask)
+
+
+@triton.jit
+def _flatten_rows(parts, scale, out_ptrs, new_ptrs, matrix_ptr, cached, fresh, GAIN: tl.constexpr, OFFSET: tl.constexpr,
+                  BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
+                  BLOCK_D: tl.constexpr):
+    """Decode and write rows; ``parts`` are their codes as fp16 [rows, BLOCK_P] each, as ``decode_*`` returns them."""
+    if matrix_ptr is None:
+        for part in tl.static_range(PARTS):
+            PLACE: tl.constexpr = GAIN / (1 << (BITS * part))
+            values = (parts[part].to(tl.float32) * PLACE - OFFSET) * scale[:, None]
+            _store_rows(values, part * PART, PART, out_ptrs, new_ptrs, cached, fresh, D, BLOCK_P)
+    else:
+        byte = tl.arange(0, BLOCK_P)
+        codes = ()
+        for part in tl.static_range(PARTS):
+            PLACE: tl.constexpr = GAIN / (1 << (BITS * part))
+            values = tl.where(cached[:, None], parts[part].to(tl.float32) * PLACE - OFFSET, 0.0)
+            codes += (values.to(tl.float16), )  # exact
+        BLOCK_OUT: tl.constexpr = 64 if BLOCK_D > 64 else BLOCK_D  # the matrix is large
+        for first in range(0, D, BLOCK_OUT):
+            dim = first + tl.arange(0, BLOCK_OUT)
+            rows = tl.zeros([scale.shape[0], BLOCK_OUT], tl.float32)
+            for part in tl.static_range(PARTS):
+                stored = part * PART + byte
+                there = ((byte < PART) & (stored < D))[:, None] & (dim < D)[None, :]
+                matrix = tl.load(matrix_ptr + (stored * D)[:, None] + dim[None, :], mask=there, other=0.0)
+                rows = tl.dot(codes[part], matrix, rows)
+            _store_rows(rows * scale[:, None], first, BLOCK_OUT, out_ptrs, new_ptrs, cached, fresh, D, BLOCK_OUT)
+
+
+@triton.jit
+def _zero_rows(out_ptrs, behind, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zero whole rows."""
+    dim = tl.arange(0, BLOCK_D)
+    tl.store(out_ptrs[:, None] + dim[None, :], tl.zeros([out_ptrs.shape[0], BLOCK_D], out_ptrs.dtype.element_ty),
+             mask=behind[:, None] & (dim < D)[None, :])
+
+
 @triton.jit(do_not_specialize=['batch', 'total_rows'])  # they differ from step to step
 def _flatten_kernel(
-        k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr, key_out_ptr, value_out_ptr,
-        key_new_ptr, value_new_ptr, q_start_ptr, q_len_ptr, first_ptr, last_ptr, table_ptr, stride_table, batch,
-        total_rows,  #
+        k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr, k_matrix_ptr, v_matrix_ptr,
+        key_out_ptr, value_out_ptr, key_new_ptr, value_new_ptr, q_start_ptr, q_len_ptr, first_ptr, last_ptr, table_ptr,
+        stride_table, batch, total_rows, stride_k_matrix, stride_v_matrix,  #
         stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         stride_kot, stride_koh, stride_vot, stride_voh,  # dense output: token, head
         stride_knt, stride_knh, stride_vnt, stride_vnh,  # new rows: token, head
-        DECODE_K: tl.constexpr, DECODE_V: tl.constexpr, GAIN_K: tl.constexpr, GAIN_V: tl.constexpr,  #
-        K_PER_TOKEN: tl.constexpr, V_PER_TOKEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, STORED: tl.constexpr,
-        STORED_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,  #
-        BLOCK_N: tl.constexpr, NEW_GIVEN: tl.constexpr, BATCH: tl.constexpr, CAP: tl.constexpr):
+        DECODE: tl.constexpr, DECODEV: tl.constexpr, GAIN: tl.constexpr, GAINV: tl.constexpr, OFFSET: tl.constexpr,
+        OFFSETV: tl.constexpr, BITS: tl.constexpr, BITSV: tl.constexpr, PER_TOKEN: tl.constexpr,
+        PER_TOKENV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, PARTV: tl.constexpr,
+        PARTS: tl.constexpr, PARTSV: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BATCH: tl.constexpr, CAP: tl.constexpr):
     """One program decodes one tile of tokens of one KV head, or zeroes a tile of rows behind the last token.
 
-    With NEW_GIVEN the sequence's new tokens, the last of its range, are copied from the rows they came from.
+    Given new rows, the sequence's new tokens, the last of its range, are copied from them.
     """
     head = tl.program_id(0)
     seq, tile, first, last, start = locate_tile(tl.program_id(1), first_ptr, last_ptr, batch, BLOCK_N, BATCH)
-    dim, dim_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    if seq >= batch:
-        row = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        behind = (row < total_rows)[:, None]
-        tl.store(key_out_ptr + (row * stride_kot)[:, None] + head * stride_koh + dim[None, :],
-                 tl.zeros([BLOCK_N, BLOCK_D], key_out_ptr.dtype.element_ty), mask=behind & (dim < D)[None, :])
-        tl.store(value_out_ptr + (row * stride_vot)[:, None] + head * stride_voh + dim_v[None, :],
-                 tl.zeros([BLOCK_N, BLOCK_DV], value_out_ptr.dtype.element_ty), mask=behind & (dim_v < DV)[None, :])
-        return
     lane = tl.arange(0, BLOCK_N)
+    if seq >= batch:
+        row = start + tile * BLOCK_N + lane
+        _zero_rows(key_out_ptr + row * stride_kot + head * stride_koh, row < total_rows, D, BLOCK_D)
+        _zero_rows(value_out_ptr + row * stride_vot + head * stride_voh, row < total_rows, DV, BLOCK_DV)
+        return
     position = tile * BLOCK_N + lane
     block = tile_block(table_ptr + seq.to(tl.int64) * stride_table, tile, last, lane, PAGE, BLOCK_N)
     offset = tile_offset(tile, lane, PAGE, BLOCK_N)
     inside = (position >= first) & (position < last)
     cached, fresh = inside, inside & False
-    new_row = position.to(tl.int64) * 0
-    if NEW_GIVEN:
+    key_new_ptrs, value_new_ptrs = None, None
+    if key_new_ptr is not None:
         new_first = last - tl.load(q_len_ptr + seq).to(tl.int32)
         new_row = tl.load(q_start_ptr + seq).to(tl.int64) + position - new_first
         cached, fresh = inside & (position < new_first), inside & (position >= new_first)
+        key_new_ptrs = key_new_ptr + new_row * stride_knt + head * stride_knh
+        value_new_ptrs = value_new_ptr + new_row * stride_vnt + head * stride_vnh
     row = start + position - first
-
     group = tile_offset(tile, tl.arange(0, BLOCK_N // 16) * 16, PAGE, BLOCK_N)
     cached_group = (tl.max(tl.reshape(cached.to(tl.int32), (BLOCK_N // 16, 16)), 1) > 0)[:, None]
-    mask = (dim < D)[None, :]
-    packed = tl.arange(0, 16 * BLOCK_D)[None, :]
-    codes = tl.load(k_codes_ptr + block * stride_kb + head * stride_kh + (group * STORED)[:, None] + packed,
-                    mask=cached_group & (packed < 16 * STORED), other=0)
-    if K_PER_TOKEN:
+
+    packed = tl.arange(0, 16 * BLOCK_P)[None, :]
+    codes = tl.load(k_codes_ptr + block * stride_kb + head * stride_kh + (group * PART)[:, None] + packed,
+                    mask=cached_group & (packed < 16 * PART), other=0)
+    if PER_TOKEN:
         scale = tl.load(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(k_static_ptr + head * stride_k_static) + tl.zeros([BLOCK_N], tl.float32)
-    key = key_rows(DECODE_K(codes, CAP)).to(tl.float32) * GAIN_K * scale[:, None]
-    key = tl.where(cached[:, None], key, 0.0).to(key_out_ptr.dtype.element_ty)
-    if NEW_GIVEN:
-        new = tl.load(key_new_ptr + (new_row * stride_knt)[:, None] + head * stride_knh + dim[None, :],
-                      mask=fresh[:, None] & mask, other=0.0)
-        key = tl.where(fresh[:, None], new.to(key.dtype), key)
-    tl.store(key_out_ptr + (row * stride_kot)[:, None] + head * stride_koh + dim[None, :], key,
-             mask=inside[:, None] & mask)
+    decoded = DECODE(codes, CAP)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        parts += (key_rows(decoded[part]), )
+    matrix_ptr = None
+    if k_matrix_ptr is not None:
+        matrix_ptr = k_matrix_ptr + head * stride_k_matrix
+    _flatten_rows(parts, scale, key_out_ptr + row * stride_kot + head * stride_koh, key_new_ptrs, matrix_ptr, cached,
+                  fresh, GAIN, OFFSET, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D)
 
-    mask_v = (dim_v < DV)[None, :]
-    packed = tl.arange(0, 16 * BLOCK_DV)[None, :]
-    codes = tl.load(v_codes_ptr + block * stride_vb + head * stride_vh + (group * STORED_V)[:, None] + packed,
-                    mask=cached_group & (packed < 16 * STORED_V), other=0)
-    if V_PER_TOKEN:
+    packed = tl.arange(0, 16 * BLOCK_PV)[None, :]
+    codes = tl.load(v_codes_ptr + block * stride_vb + head * stride_vh + (group * PARTV)[:, None] + packed,
+                    mask=cached_group & (packed < 16 * PARTV), other=0)
+    if PER_TOKENV:
         scale = tl.load(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(v_static_ptr + head * stride_v_static) + tl.zeros([BLOCK_N], tl.float32)
-    value = tl.trans(value_columns(DECODE_V(codes, CAP))).to(tl.float32) * GAIN_V * scale[:, None]
-    value = tl.where(cached[:, None], value, 0.0).to(value_out_ptr.dtype.element_ty)
-    if NEW_GIVEN:
-        new = tl.load(value_new_ptr + (new_row * stride_vnt)[:, None] + head * stride_vnh + dim_v[None, :],
-                      mask=fresh[:, None] & mask_v, other=0.0)
-        value = tl.where(fresh[:, None], new.to(value.dtype), value)
-    tl.store(value_out_ptr + (row * stride_vot)[:, None] + head * stride_voh + dim_v[None, :], value,
-             mask=inside[:, None] & mask_v)
+    decoded = DECODEV(codes, CAP)
+    parts = ()
+    for part in tl.static_range(PARTSV):
+        parts += (tl.trans(value_columns(decoded[part])), )
+    matrix_ptr = None
+    if v_matrix_ptr is not None:
+        matrix_ptr = v_matrix_ptr + head * stride_v_matrix
+    _flatten_rows(parts, scale, value_out_ptr + row * stride_vot + head * stride_voh, value_new_ptrs, matrix_ptr,
+                  cached, fresh, GAINV, OFFSETV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV)
 
 
 @dataclass(frozen=True)
@@ -131,18 +180,15 @@ def flatten(cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor,
     check_device(cache.k_codes)
     if total_tokens == 0:
         return
-    fmt, batch = cache.format, kv_lens.size(0)
+    batch, cap = kv_lens.size(0), compute_capability(cache.k_codes.device)
     block_n = min(64, cache.block_size)
     partial = batch if first is None else 2 * batch  # tiles that a range fills in part, at its end or at both
-    cap = compute_capability(cache.k_codes.device)
-    k_codec, v_codec = device_codec(fmt.key.codec), device_codec(fmt.value.codec)
+    k_transform, v_transform = cache.k_transform, cache.v_transform
     _flatten_kernel[(cache.num_kv_heads, triton.cdiv(total_tokens, block_n) + partial)](
-        *cache.tensors(),
+        *cache.tensors(), k_transform and k_transform.inverse, v_transform and v_transform.inverse,
         key_out, value_out, new and new.key, new and new.value, new and new.q_start, new and new.q_lens, first, kv_lens,
-        block_table, block_table.stride(0), batch, total_tokens,
+        block_table, block_table.stride(0), batch, total_tokens, k_transform.stride_h if k_transform else 0,
+        v_transform.stride_h if v_transform else 0,
         *cache.strides(), *key_out.stride()[:2], *value_out.stride()[:2],
         *(new.key.stride()[:2] if new else (0, 0)), *(new.value.stride()[:2] if new else (0, 0)),
-        DECODE_K=k_codec.decode, DECODE_V=v_codec.decode, GAIN_K=decode_gain(fmt.key.codec, cap),
-        GAIN_V=decode_gain(fmt.value.codec, cap), K_PER_TOKEN=fmt.key.per_token_head,
-        V_PER_TOKEN=fmt.value.per_token_head, **cache.sizes(), BLOCK_N=block_n, NEW_GIVEN=new is not None,
-        BATCH=triton.next_power_of_2(batch), CAP=cap)
+        **decoding(cache.format, cap), **cache.sizes(), BLOCK_N=block_n, BATCH=triton.next_power_of_2(batch), CAP=cap)

@@ -2,8 +2,8 @@
 
 No arithmetic on values here.
 
-Pages: K codes and V codes are [block, head, token / 16, 16 x dim]. Within a group of 16 tokens, each 16 x 16 block of
-codes stands in the order in which the lanes of a warp take it as the left operand of a tensor-core product
+Pages: K and V are [block, head, token / 16, 16 x bytes of a row]. Within a group of 16 tokens, each 16 x 16 block of
+bytes stands in the order in which the lanes of a warp take it as the left operand of a tensor-core product
 (docs/formats.md): loads are wide and contiguous whatever the page size is, and no code changes lanes. Scales are
 [block, head, token]. Block and head strides are arbitrary: LMDeploy packs all tensors of a block into one pool. Offsets
 are int64.
@@ -15,16 +15,16 @@ import triton.language as tl
 
 
 @triton.jit
-def key_offset(offset, dim, STORED: tl.constexpr):
-    """Where K's element ``dim`` of the page's token ``offset`` lies, from the start of page and head."""
-    return ((offset // 16) * (16 * STORED) + (dim // 16) * 256 + (offset % 8) * 32 + (dim // 4 % 4) * 8
+def key_offset(offset, dim, PART: tl.constexpr):
+    """Where byte ``dim`` of the K row of the page's token ``offset`` lies, from the start of page and head."""
+    return ((offset // 16) * (16 * PART) + (dim // 16) * 256 + (offset % 8) * 32 + (dim // 4 % 4) * 8
             + (offset // 8 % 2) * 4 + dim % 4)
 
 
 @triton.jit
-def value_offset(offset, dim, STORED: tl.constexpr):
-    """Where V's element ``dim`` of the page's token ``offset`` lies, from the start of page and head."""
-    return ((offset // 16) * (16 * STORED) + (dim // 16) * 256 + (dim // 4 % 2) * 128 + (offset // 4 % 4) * 32
+def value_offset(offset, dim, PART: tl.constexpr):
+    """Where byte ``dim`` of the V row of the page's token ``offset`` lies, from the start of page and head."""
+    return ((offset // 16) * (16 * PART) + (dim // 16) * 256 + (dim // 4 % 2) * 128 + (offset // 4 % 4) * 32
             + (dim % 4) * 8 + (dim // 8 % 2) * 4 + offset % 4)
 
 

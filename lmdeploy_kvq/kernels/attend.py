@@ -1,0 +1,183 @@
+"""One step of online softmax over a tile of quantized K and V, for decode: the innermost loop of this package.
+
+K's scale multiplies the scores and V's scale the probabilities, so that no tile is ever dequantized; codes only become
+fp16, exactly, with the offset of integer formats still in them. It is taken out of sums: ``sum q (n - c) = sum q n - c
+sum q`` for the scores, and likewise for the output.
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rotation import power_below
+from .tiles import key_rows, tile_block, tile_offset, value_columns
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _prefetch(ptrs, mask):
+    """Ask for the lines of pointers to be brought into the L2 cache."""
+    tl.inline_asm_elementwise("""{
+        .reg .pred wanted;
+        setp.ne.s32 wanted, $2, 0;
+        @wanted prefetch.global.L2 [$1];
+        mov.u32 $0, 0;
+        }""", '=r,l,r', [ptrs.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def prefetch_tile(table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb, PART: tl.constexpr,
+                  PARTV: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr, PAGE: tl.constexpr,
+                  BLOCK_N: tl.constexpr, CAP: tl.constexpr):
+    """Bring the codes of a tile into the L2 cache, 128 bytes per lane; they may still be being written."""
+    if CAP > 0:
+        group = tl.arange(0, BLOCK_N // 16) * 16
+        block = tile_block(table_ptr, tile, kv_len, group, PAGE, BLOCK_N)
+        offset = tile_offset(tile, group, PAGE, BLOCK_N)
+        line = (tl.arange(0, BLOCK_P // 8) * 128)[None, :]
+        _prefetch(k_ptr + (block * stride_kb + offset * PART)[:, None] + line, line < 16 * PART)
+        line = (tl.arange(0, BLOCK_PV // 8) * 128)[None, :]
+        _prefetch(v_ptr + (block * stride_vb + offset * PARTV)[:, None] + line, line < 16 * PARTV)
+
+
+@triton.jit
+def _softcap(score, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(score / SOFTCAP), scores in units of log2."""
+    scale: tl.constexpr = 2.0 / SOFTCAP
+    return (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(score * scale) + 1.0))
+
+
+@triton.jit
+def load_queries(q_ptrs, row_mask, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr):
+    """Rows at ``q_ptrs`` [rows], as parts [BLOCK_P, rows]."""
+    byte = tl.arange(0, BLOCK_P)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        there = (byte < PART) & (part * PART + byte < D)
+        parts += (tl.load(q_ptrs[None, :] + (part * PART + byte)[:, None], mask=there[:, None] & row_mask[None, :],
+                          other=0.0), )
+    return parts
+
+
+@triton.jit
+def normalize_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr):
+    """Queries as fp16 operands.
+
+    Returns:
+        (queries, power, total): parts [BLOCK_P, rows], each divided by what K's codes are multiplied with by where they
+        stand in their byte; the powers of two (fp32 [rows]) that rows were divided by; and the sums of the rows.
+    """
+    largest = tl.max(tl.abs(raw[0].to(tl.float32)), 0)
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, tl.max(tl.abs(raw[part].to(tl.float32)), 0))
+    power = power_below(largest)
+    queries = ()
+    total = power * 0.0
+    for part in tl.static_range(PARTS):
+        PLACE: tl.constexpr = 1 << (BITS * part)
+        query = (raw[part].to(tl.float32) * ((1.0 / PLACE) / power)[None, :]).to(tl.float16)
+        total += tl.sum(query.to(tl.float32), 0) * PLACE
+        queries += (query, )
+    return queries, power, total
+
+
+@triton.jit
+def _softcap(score, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(score / SOFTCAP), scores in units of log2."""
+    scale: tl.constexpr = 2.0 / SOFTCAP
+    return (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(score * scale) + 1.0))
+
+
+@triton.jit
+def _sum_in_lanes(x, WARPS: tl.constexpr):
+    """Sum of [tokens, rows] over the tokens that a lane holds of a product's result: fp32 [WARPS * 8, rows].
+
+    The sum over lanes and warps can wait for the end of a segment.
+    """
+    N: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    by_lane = tl.reshape(x, (N // (16 * WARPS), WARPS, 2, 8, M))
+    return tl.reshape(tl.sum(tl.sum(by_lane, 2), 0), (WARPS * 8, M))
+
+
+@triton.jit
+def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, tile, oldest, kv_len, table_ptr, k_ptr,
+           v_ptr, ks_ptr, vs_ptr, stride_kb, stride_vb, stride_ksb, stride_vsb,  #
+           PART: tl.constexpr, PARTV: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr, PARTS: tl.constexpr,
+           PARTSV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE: tl.constexpr,
+           DECODEV: tl.constexpr, FINITEV: tl.constexpr, OFFSET: tl.constexpr, OFFSETV: tl.constexpr,
+           PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr, QMAXV: tl.constexpr, WINDOW: tl.constexpr,
+           SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
+    """One online-softmax step over one tile. Scores are [tokens, rows], outputs [elements, rows].
+
+    K and V are left operands, so that a product's narrow side (8 columns suffice) holds the query rows, of which there
+    are few, and codes become fp16 in the lanes that multiply them.
+
+    Every tile is masked, although only those at the window's edge and at the newest tokens need it: a second, masked
+    copy of this body costs more (registers, hence programs per multiprocessor) than the masks do.
+
+    Args:
+        queries: parts of the rows; row_scale: what scores are multiplied with; correction: [rows] what the product of
+            K's codes has too much by their offset, negated.
+        m: [rows] largest scores; l: [WARPS * 8, rows] sums of probabilities, by lanes; weight: like l, sums of
+            probabilities times V's scale, where V's codes have an offset; accs: parts of the output.
+        oldest: position of the oldest token that a row sees through the window.
+    """
+    lane = tl.arange(0, BLOCK_N)
+    group = tl.arange(0, BLOCK_N // 16) * 16
+    position = tile * BLOCK_N + lane
+    block = tile_block(table_ptr, tile, kv_len, lane, PAGE, BLOCK_N)
+    offset = tile_offset(tile, lane, PAGE, BLOCK_N)
+    group_block = tile_block(table_ptr, tile, kv_len, group, PAGE, BLOCK_N)
+    group_offset = tile_offset(tile, group, PAGE, BLOCK_N)
+    packed = tl.arange(0, 16 * BLOCK_P)[None, :]
+    k_ptrs = k_ptr + (group_block * stride_kb + group_offset * PART)[:, None] + packed
+    k_codes = tl.load(k_ptrs) if BLOCK_P == PART else tl.load(k_ptrs, mask=packed < 16 * PART, other=0)
+    packed_v = tl.arange(0, 16 * BLOCK_PV)[None, :]
+    v_ptrs = v_ptr + (group_block * stride_vb + group_offset * PARTV)[:, None] + packed_v
+    v_codes = tl.load(v_ptrs) if BLOCK_PV == PARTV else tl.load(v_ptrs, mask=packed_v < 16 * PARTV, other=0)
+
+    live = position < kv_len  # slots that no row sees may hold any bytes, scales that are NaN included
+    if WINDOW >= 0:
+        live = live & (position >= oldest)
+    if PER_TOKEN:
+        k_scale = tl.load(ks_ptr + block * stride_ksb + offset, mask=live, other=0.0)
+    if PER_TOKENV:
+        # scale x qmax is the row's absmax, of order one where scale alone could leave fp16's normal range.
+        v_scale = tl.load(vs_ptr + block * stride_vsb + offset, mask=live, other=0.0) * QMAXV
+
+    score = tl.zeros([BLOCK_N, m.shape[0]], tl.float32)
+    if OFFSET > 0.0:
+        score += correction[None, :]
+    k = DECODE(k_codes, CAP)
+    for part in tl.static_range(PARTS):
+        score = tl.dot(key_rows(k[part]), queries[part], score)
+    score = score * row_scale[None, :]
+    if PER_TOKEN:
+        score = score * k_scale[:, None]
+    if SOFTCAP > 0.0:
+        score = _softcap(score, SOFTCAP)
+    if ALIBI:
+        score += slope[None, :] * (position[:, None] - q_pos[None, :]).to(tl.float32)
+    seen = position[:, None] <= q_pos[None, :]
+    if WINDOW >= 0:
+        seen = seen & (position[:, None] >= q_pos[None, :] - WINDOW)
+    score = tl.where(seen, score, float('-inf'))
+    m_new = tl.maximum(m, tl.max(score, 0))
+    shift = tl.where(m_new == float('-inf'), 0.0, m_new)  # a row that has seen nothing yet: -inf - -inf is NaN
+    p = tl.exp2(score - shift[None, :])
+    alpha = tl.exp2(m - shift)
+    l_new = l * alpha[None, :] + _sum_in_lanes(p, WARPS)
+    if PER_TOKENV:
+        p = p * v_scale[:, None]
+    p = p.to(tl.float16)
+    weight_new = weight
+    if OFFSETV > 0.0:
+        weight_new = weight * alpha[None, :] + _sum_in_lanes(p.to(tl.float32), WARPS)
+    v = DECODEV(v_codes, CAP)
+    new_accs = ()
+    for part in tl.static_range(PARTSV):
+        # A NaN or inf code in a slot that no row sees would survive its probability of zero.
+        new_accs += (tl.dot(value_columns(FINITEV(v[part])), p, accs[part] * alpha[None, :]), )
+    return m_new, l_new, weight_new, new_accs

@@ -1,0 +1,102 @@
+"""Combining the partial results of a sequence that several decode programs share, without another launch.
+
+Whoever finishes last of up to FAN programs combines what they left, and goes on to the next level of a tree whose leaves
+are the programs. Nobody waits for anybody. A counter per node says who is last.
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attend import LOG2E
+from .rotation import power_below, rotate_back
+
+FAN = tl.constexpr(32)
+"""Results that one program combines: two levels are enough for 1,024 programs per sequence."""
+
+STATISTICS = tl.constexpr(4)
+"""fp32 words behind each partial row: its largest score (in units of log2), its sum of probabilities, and padding."""
+
+
+@triton.jit
+def store_partial(row_ptrs, mask, m, l, accs, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr):
+    """Leave rows [rows] of a result: parts of the output [BLOCK_PV, rows] and their statistics [rows]."""
+    byte = tl.arange(0, BLOCK_PV)
+    for part in tl.static_range(PARTSV):
+        tl.store(row_ptrs[None, :] + (part * PARTV + byte)[:, None], accs[part],
+                 mask=mask[None, :] & (byte < PARTV)[:, None])
+    tl.store(row_ptrs + PARTSV * PARTV, m, mask=mask)
+    tl.store(row_ptrs + PARTSV * PARTV + 1, l, mask=mask)
+
+
+@triton.jit
+def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr,
+                     PARTSV: tl.constexpr, ROWS: tl.constexpr):
+    """(m, l, accs) of ``children`` (at most FAN) results that lie ``step`` elements apart.
+
+    Reads pass by the first-level cache: other multiprocessors wrote what is read.
+    """
+    byte = tl.arange(0, BLOCK_PV)
+    child = tl.arange(0, FAN)
+    there = (child < children)[:, None] & mask[None, :]
+    statistics = row_ptrs[None, :] + (child.to(tl.int64) * step)[:, None] + PARTSV * PARTV
+    ms = tl.load(statistics, mask=there, other=float('-inf'), cache_modifier='.cg')
+    ls = tl.load(statistics + 1, mask=there, other=0.0, cache_modifier='.cg')
+    m = tl.max(ms, 0)
+    shift = tl.where(m == float('-inf'), 0.0, m)
+    l = tl.sum(ls * tl.exp2(ms - shift[None, :]), 0)
+    accs = ()
+    for _ in tl.static_range(PARTSV):
+        accs += (tl.zeros([BLOCK_PV, ROWS], tl.float32), )
+    for number in tl.range(0, children, loop_unroll_factor=4):
+        ptrs = row_ptrs + number.to(tl.int64) * step
+        factor = tl.exp2(tl.load(ptrs + PARTSV * PARTV, mask=mask, other=float('-inf'), cache_modifier='.cg') - shift)
+        new_accs = ()
+        for part in tl.static_range(PARTSV):
+            new_accs += (accs[part] + factor[None, :] * tl.load(
+                ptrs[None, :] + (part * PARTV + byte)[:, None], mask=mask[None, :] & (byte < PARTV)[:, None],
+                other=0.0, cache_modifier='.cg'), )
+        accs = new_accs
+    return m, l, accs
+
+
+@triton.jit
+def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV: tl.constexpr, PARTV: tl.constexpr,
+           BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Write final rows: a sink joins the denominator, the rotation of V is undone; rows that saw nothing are zeros.
+
+    Args:
+        out_ptrs: [rows] where rows go.
+        sinks_ptrs: [rows] pointers, or None; matrix_ptr: the inverse of V's matrix, or None.
+        out_scale: scalar that outputs are multiplied with.
+    """
+    factor = out_scale
+    if sinks_ptrs is not None:
+        sink = tl.load(sinks_ptrs, mask=mask, other=0.0).to(tl.float32) * LOG2E
+        top = tl.maximum(m, sink)
+        l = l * tl.exp2(m - top) + tl.exp2(sink - top)
+        factor = out_scale * tl.exp2(m - top)
+    factor = factor / tl.where(l > 0.0, l, 1.0)
+    byte = tl.arange(0, BLOCK_PV)
+    if matrix_ptr is None:
+        for part in tl.static_range(PARTSV):
+            there = (byte < PARTV) & (part * PARTV + byte < DV)
+            tl.store(out_ptrs[None, :] + (part * PARTV + byte)[:, None],
+                     (accs[part] * factor[None, :]).to(out_ptrs.dtype.element_ty),
+                     mask=mask[None, :] & there[:, None])
+    else:
+        largest = tl.max(tl.abs(accs[0]), 0)
+        for part in tl.static_range(1, PARTSV):
+            largest = tl.maximum(largest, tl.max(tl.abs(accs[part]), 0))
+        power = power_below(largest)
+        stored = ()
+        for part in tl.static_range(PARTSV):
+            stored += ((accs[part] / power[None, :]).to(tl.float16), )
+        # A few rows of the matrix at a time, for it is large.
+        BLOCK_OUT: tl.constexpr = 64 if BLOCK_DV > 64 else BLOCK_DV
+        for first in range(0, DV, BLOCK_OUT):
+            dim = first + tl.arange(0, BLOCK_OUT)
+            out = rotate_back(stored, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
+            tl.store(out_ptrs[None, :] + dim[:, None],
+                     (out * (power * factor)[None, :]).to(out_ptrs.dtype.element_ty),
+                     mask=mask[None, :] & (dim < DV)[:, None])

@@ -1,0 +1,135 @@
+"""Rotations and other linear maps of K and V rows before they are quantized, as pairs of fp16 matrices.
+
+Quantization loses least where a row's elements are alike. Stored row ``y = x A``, and ``q A^-T`` in place of a query q
+leaves every score as it was. A is the Hadamard matrix (QuaRot: Ashkboos et al., 2024, arXiv:2404.00456), or one that
+was calibrated for a layer's keys.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+MAX_CONDITION = 1e4
+"""Largest condition number of a matrix: beyond it, fp16 entries lose what 4-bit codes keep."""
+
+MAX_DEFECT = 0.02
+"""Largest element of ``A x inverse - I``, both in fp16."""
+
+
+class TransformError(ValueError):
+    """A matrix that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """A linear map of rows and what undoes it.
+
+    Attributes:
+        forward_t: fp16 [heads or 1, dim, dim], contiguous: ``stored = row @ forward_t.mT``. Transposed, because kernels
+            multiply from the left.
+        inverse: fp16 [heads or 1, dim, dim], contiguous: ``row = stored @ inverse``; and queries meet stored keys as
+            ``query @ inverse.mT``.
+    """
+    forward_t: torch.Tensor
+    inverse: torch.Tensor
+
+    @property
+    def dim(self) -> int:
+        """Elements of a row."""
+        return self.inverse.size(-1)
+
+    @property
+    def stride_h(self) -> int:
+        """Elements from a head's matrix to the next head's: 0 where all heads share one."""
+        return 0 if self.inverse.size(0) == 1 else self.inverse.stride(0)
+
+    def to(self, device: torch.device | str) -> Transform:
+        """The same on another device."""
+        return Transform(self.forward_t.to(device), self.inverse.to(device))
+
+    def head(self, index: int) -> Transform:
+        """The map of one KV head alone."""
+        index = 0 if self.inverse.size(0) == 1 else index
+        return Transform(self.forward_t[index:index + 1], self.inverse[index:index + 1])
+
+    def store(self, rows: torch.Tensor) -> torch.Tensor:
+        """fp32 ``rows @ A``, rows [..., heads, dim]."""
+        return _product(rows, self.forward_t.mT)
+
+    def restore(self, stored: torch.Tensor) -> torch.Tensor:
+        """fp32 ``stored @ inverse``, stored [..., heads, dim]."""
+        return torch.einsum('...hi,hij->...hj', stored.float(), self.inverse.float().expand(stored.size(-2), -1, -1))
+
+    def query(self, rows: torch.Tensor) -> torch.Tensor:
+        """fp32 ``rows @ inverse.T``, rows [..., heads, dim], as many heads as KV heads or a multiple."""
+        group = rows.size(-2) // self.inverse.size(0) if self.inverse.size(0) > 1 else 1
+        return _product(rows, self.inverse.mT.repeat_interleave(group, 0))
+
+    def digest(self) -> str:
+        """Short hash of the matrices: caches written with different ones do not mix."""
+        return hashlib.sha256(self.forward_t.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """fp32 [..., heads, dim]: rows, rounded to fp16 as multiples of a power of two near their largest element, times
+    matrix [heads or 1, dim, dim]. bf16 rows are rounded only where they are 2^-14 of the largest or less."""
+    rows = rows.float()
+    largest = rows.abs().amax(-1, keepdim=True).clamp(min=2.0**-126)
+    power = torch.exp2(torch.frexp(largest)[1] - 1.0)
+    rounded = (rows / power).half().float()
+    return torch.einsum('...hi,hij->...hj', rounded, matrix.float().expand(rows.size(-2), -1, -1)) * power
+
+
+def block_size(dim: int) -> int:
+    """Size of the Hadamard blocks on the diagonal: the largest power of two that divides ``dim``."""
+    return dim & -dim
+
+
+@functools.cache
+def hadamard(dim: int, device: torch.device | str = 'cpu') -> Transform:
+    """The Hadamard transform, block-diagonal where ``dim`` is no power of two.
+
+    Entries are powers of two, exact in fp16: of a block of 2^b, A's are 2^-ceil(b / 2) and its inverse's 2^-floor(b /
+    2). Where b is odd, A is therefore sqrt(2) times smaller than orthonormal, which the scales make up for.
+    """
+    block = block_size(dim)
+    index = torch.arange(dim)
+    both = index[:, None] & index[None, :] & (block - 1)
+    parity = sum((both >> bit) & 1 for bit in range(max(block.bit_length() - 1, 1))) % 2
+    signs = torch.where(index[:, None] // block == index[None, :] // block, 1.0 - 2.0 * parity, 0.0)
+    bits = block.bit_length() - 1
+    forward, inverse = signs * 2.0**-((bits + 1) // 2), signs * 2.0**-(bits // 2)
+    return Transform(forward[None].half().to(device), inverse[None].half().to(device))
+
+
+def from_matrix(matrix: torch.Tensor, what: str = 'transform') -> Transform:
+    """The transform of A, checked.
+
+    Args:
+        matrix: [heads, dim, dim], any float dtype; scaled by a power of two, which scales make up for.
+        what: its name in messages.
+
+    Raises:
+        TransformError: wrong shape, NaN or inf, singular or badly conditioned, or an inverse that fp16 cannot hold.
+    """
+    if matrix.dim() != 3 or matrix.size(1) != matrix.size(2):
+        raise TransformError(f'{what} has shape {tuple(matrix.shape)}; [kv_heads, head_dim, head_dim] is needed')
+    exact = matrix.double().cpu()
+    if not exact.isfinite().all():
+        raise TransformError(f'{what} has values that are not finite')
+    condition = torch.linalg.cond(exact)
+    if not (condition <= MAX_CONDITION).all():
+        head = int(condition.nan_to_num(float('inf')).argmax())
+        raise TransformError(f'{what}: the matrix of KV head {head} has condition number {float(condition[head]):.3g}; '
+                             f'up to {MAX_CONDITION:g} is usable')
+    exact = exact * torch.exp2(-torch.floor(torch.log2(exact.abs().amax((1, 2), keepdim=True))))
+    forward = exact.half()
+    inverse = torch.linalg.inv(forward.double()).half()
+    defect = (forward.double() @ inverse.double() - torch.eye(exact.size(-1))).abs().max()
+    if not defect <= MAX_DEFECT:
+        raise TransformError(f'{what}: matrix times inverse is off the identity by {float(defect):.3g} in fp16; up to '
+                             f'{MAX_DEFECT:g} is usable')
+    return Transform(forward.mT.contiguous(), inverse.contiguous())
