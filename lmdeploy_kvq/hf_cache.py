@@ -17,27 +17,31 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .formats import KVFormat, get_format
-from .reference import decode, encode
+from .formats import KVFormat, get_format, part_dim
+from .reference import decode, encode, pack, unpack
 from .scales import ScaleError, read_file
+from .transforms import Transform, hadamard
 
 
 class QuantizedLayer(DynamicLayer):
     """K and V of one layer.
 
     Attributes:
-        keys, values: uint8 codes [batch, kv_heads, tokens, dim]; None before the first update.
+        keys, values: uint8 [batch, kv_heads, tokens, bytes of a row], packed codes; None before the first update.
         key_scales, value_scales: fp32 [batch, kv_heads, tokens] of a per-token-head encoding; the static scale, fp32 []
             or [kv_heads], of a static one.
+        key_transform, value_transform: what rows are multiplied with before they are quantized, or None.
     """
 
     is_croppable = True
     keys: Any
     values: Any
 
-    def __init__(self, fmt: KVFormat, k_scale: torch.Tensor, v_scale: torch.Tensor):
+    def __init__(self, fmt: KVFormat, k_scale: torch.Tensor, v_scale: torch.Tensor,
+                 k_transform: Transform | None = None):
         super().__init__()
         self.format = fmt
+        self.key_transform, self.value_transform = k_transform, None
         self.key_scales, self.value_scales = k_scale, v_scale
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -49,9 +53,17 @@ class QuantizedLayer(DynamicLayer):
         self.format.check_head_dims(key_states.size(-1), value_states.size(-1))
         self.dtype, self.device = key_states.dtype, key_states.device
         for which, states in (('key', key_states), ('value', value_states)):
-            empty = states.new_empty((*states.shape[:2], 0, states.size(-1)), dtype=torch.uint8)
+            encoding = getattr(self.format, which)
+            empty = states.new_empty((*states.shape[:2], 0, part_dim(states.size(-1), encoding.codec.parts)),
+                                     dtype=torch.uint8)
             scales = getattr(self, f'{which}_scales').to(self.device)
-            if getattr(self.format, which).per_token_head:
+            transform = getattr(self, f'{which}_transform')
+            if encoding.rotation is None:
+                transform = None
+            elif transform is None:
+                transform = hadamard(states.size(-1))
+            setattr(self, f'{which}_transform', transform and transform.to(self.device))
+            if encoding.per_token_head:
                 scales = states.new_empty((*states.shape[:2], 0), dtype=torch.float32)
             setattr(self, f'{which}s', empty)
             setattr(self, f'{which}_scales', scales)
@@ -73,15 +85,17 @@ class QuantizedLayer(DynamicLayer):
 
     def _append(self, which: str, states: torch.Tensor) -> torch.Tensor:
         encoding, scales = getattr(self.format, which), getattr(self, f'{which}_scales')
+        transform = getattr(self, f'{which}_transform')
         # reference.py has the heads next to the last axis, [batch, tokens, heads, dim]
-        codes, new = encode(states.transpose(1, 2), encoding, None if encoding.per_token_head else scales)
-        codes = torch.cat([getattr(self, f'{which}s'), codes.transpose(1, 2)], dim=2)
-        setattr(self, f'{which}s', codes)
+        codes, new = encode(states.transpose(1, 2), encoding, None if encoding.per_token_head else scales, transform)
+        packed = torch.cat([getattr(self, f'{which}s'), pack(codes, encoding.codec).transpose(1, 2)], dim=2)
+        setattr(self, f'{which}s', packed)
         if encoding.per_token_head:
             scales = torch.cat([scales, new.transpose(1, 2)], dim=2)
             setattr(self, f'{which}_scales', scales)
             scales = scales.transpose(1, 2)
-        return decode(codes.transpose(1, 2), encoding, scales).transpose(1, 2).to(states.dtype)
+        codes = unpack(packed.transpose(1, 2), encoding.codec, states.size(-1))
+        return decode(codes, encoding, scales, transform).transpose(1, 2).to(states.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens stored."""

@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmdeploy_kvq.kernels import decode, fill, flatten, merge, reduce
+from lmdeploy_kvq.kernels import decode, fill, flatten, merge
 
-MODULES = (decode, fill, flatten, merge, reduce)
+MODULES = (decode, fill, flatten, merge)
 _POINTER = {torch.uint8: '*u8', torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16',
             torch.int32: '*i32', torch.int64: '*i64'}
 

@@ -75,9 +75,8 @@ def normalize_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr):
     queries = ()
     total = power * 0.0
     for part in tl.static_range(PARTS):
-        PLACE: tl.constexpr = 1 << (BITS * part)
-        query = (raw[part].to(tl.float32) * ((1.0 / PLACE) / power)[None, :]).to(tl.float16)
-        total += tl.sum(query.to(tl.float32), 0) * PLACE
+        query = (raw[part].to(tl.float32) * ((1.0 / (1 << (BITS * part))) / power)[None, :]).to(tl.float16)
+        total += tl.sum(query.to(tl.float32), 0) * (1 << (BITS * part))
         queries += (query, )
     return queries, power, total
 

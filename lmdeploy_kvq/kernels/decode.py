@@ -163,8 +163,7 @@ def _decode_kernel(
         too_much = tl.sum(weight, 0) * OFFSETV
         values = ()
         for part in tl.static_range(PARTSV):
-            PLACE: tl.constexpr = GAINV / (1 << (BITSV * part))
-            values += (accs[part] * PLACE - too_much[None, :], )
+            values += (accs[part] * (GAINV / (1 << (BITSV * part))) - too_much[None, :], )
         # Numbers of the sequence's first and last tile in the batch, and the programs that have them.
         begin = (pid.to(tl.int64) + 1) * total // programs - remaining - (tile - first)
         first_pid = first_program(begin, total, programs)

@@ -36,15 +36,13 @@ def _flatten_rows(parts, scale, out_ptrs, new_ptrs, matrix_ptr, cached, fresh, G
     """Decode and write rows; ``parts`` are their codes as fp16 [rows, BLOCK_P] each, as ``decode_*`` returns them."""
     if matrix_ptr is None:
         for part in tl.static_range(PARTS):
-            PLACE: tl.constexpr = GAIN / (1 << (BITS * part))
-            values = (parts[part].to(tl.float32) * PLACE - OFFSET) * scale[:, None]
+            values = (parts[part].to(tl.float32) * (GAIN / (1 << (BITS * part))) - OFFSET) * scale[:, None]
             _store_rows(values, part * PART, PART, out_ptrs, new_ptrs, cached, fresh, D, BLOCK_P)
     else:
         byte = tl.arange(0, BLOCK_P)
         codes = ()
         for part in tl.static_range(PARTS):
-            PLACE: tl.constexpr = GAIN / (1 << (BITS * part))
-            values = tl.where(cached[:, None], parts[part].to(tl.float32) * PLACE - OFFSET, 0.0)
+            values = tl.where(cached[:, None], parts[part].to(tl.float32) * (GAIN / (1 << (BITS * part))) - OFFSET, 0.0)
             codes += (values.to(tl.float16), )  # exact
         BLOCK_OUT: tl.constexpr = 64 if BLOCK_D > 64 else BLOCK_D  # the matrix is large
         for first in range(0, D, BLOCK_OUT):
