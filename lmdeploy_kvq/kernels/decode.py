@@ -51,6 +51,7 @@ def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid,
         tl.debug_barrier()  # all lanes have left their part before one of them says so
         arrived = tl.atomic_add(counters_ptr + start * counter_step, 1, sem='acq_rel', scope='gpu') + 1
         if arrived == children:
+            tl.store(counters_ptr + start * counter_step, 0)  # as it was
             ptrs = partial_ptrs + start.to(tl.int64) * slot_step
             m, l, accs = combine_partials(ptrs, row_mask, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, ROWS)
             if count <= FAN:
@@ -222,7 +223,7 @@ class Workspace:
     Attributes:
         config, target, block_m: launch parameters, programs per KV head and tile of rows, and rows of a tile.
         partial: fp32 [(target + batch) * kv_heads * rows, PARTIAL].
-        counters: int32, zero before the kernel begins.
+        counters: int32, zero before the kernel begins and after it has ended.
         rotated: fp32 like the query, contiguous, for formats that rotate K.
     """
     config: DecodeConfig
@@ -252,6 +253,14 @@ class Workspace:
         return cls(config, target, block_m, partial, counters.view(torch.int32),
                    rotated.view(query.shape) if cache.k_transform is not None else None)
 
+    def prepare(self, query: torch.Tensor, cache: PagedCache) -> Workspace:
+        """Do what :func:`~lmdeploy_kvq.kernels.fill.fill` does, where nothing is to be filled."""
+        if self.rotated is None:
+            self.counters.zero_()
+        else:
+            fill(None, None, cache, TokenLayout(), self.inputs(query))
+        return self
+
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
         """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
         return DecodeInputs(self.counters, None if self.rotated is None else query, self.rotated)
@@ -277,11 +286,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     _check(query, cache, block_table, kv_lens, out, query_len)
     heads, batch, kv_heads, fmt = query.size(1), kv_lens.size(0), cache.num_kv_heads, cache.format
     if workspace is None:
-        workspace = Workspace.allocate(query, cache, batch, query_len, config)
-        if workspace.rotated is None:
-            workspace.counters.zero_()
-        else:
-            fill(None, None, cache, TokenLayout(uniform_query_len=query_len), workspace.inputs(query))
+        workspace = Workspace.allocate(query, cache, batch, query_len, config).prepare(query, cache)
     if workspace.rotated is not None:
         query = workspace.rotated
     config, cap, rows = workspace.config, compute_capability(query.device), heads // kv_heads * query_len

@@ -244,7 +244,7 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
     batch = layout.kv_lens.size(0) if layout.slots is None and layout.kv_lens is not None else 1
     query = None if inputs is None else inputs.query
     k_transform, v_transform = cache.k_transform, cache.v_transform
-    few = layout.uniform_query_len > 0 or tokens <= 64
+    few = layout.uniform_query_len > 0 or tokens <= 64 or key is None
     if k_transform is None and v_transform is None:
         tile, warps = (1, 1) if few else (16, 4)
     else:
