@@ -299,7 +299,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
         BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap), FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
-        ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=config.num_warps, CAP=cap, num_warps=config.num_warps,
+        ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16), CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **dependent_launch(cap),
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
     return out

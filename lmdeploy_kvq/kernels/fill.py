@@ -159,35 +159,32 @@ def _fill_kernel(
         live = slot >= 0
         slot = tl.maximum(slot, 0)
         block, offset = slot // PAGE, slot % PAGE
-        if pid < tiles:
-            matrix_ptr = None
-            if k_matrix_ptr is not None:
-                matrix_ptr = k_matrix_ptr + head * stride_k_matrix
-            scales_ptr = None
-            static_ptr = None
-            if PER_TOKEN:
-                scales_ptr = k_scales_ptr + block * stride_ksb + head * stride_ksh + offset
-            else:
-                static_ptr = k_static_ptr + head * stride_k_static
-            _write_columns(key_ptr, row * stride_key_t + head * stride_key_h, token < num_tokens,
-                           k_codes_ptr + block * stride_kb + head * stride_kh, scales_ptr, static_ptr, matrix_ptr, live,
-                           key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), ENCODE, OFFSET, RMS,
-                           FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT, CAP)
+        k_rotation, v_rotation = None, None
+        k_scale_ptrs, v_scale_ptrs, k_scale_ptr, v_scale_ptr = None, None, None, None
+        if k_matrix_ptr is not None:
+            k_rotation = k_matrix_ptr + head * stride_k_matrix
+        if v_matrix_ptr is not None:
+            v_rotation = v_matrix_ptr + head * stride_v_matrix
+        if PER_TOKEN:
+            k_scale_ptrs = k_scales_ptr + block * stride_ksb + head * stride_ksh + offset
         else:
-            matrix_ptr = None
-            if v_matrix_ptr is not None:
-                matrix_ptr = v_matrix_ptr + head * stride_v_matrix
-            scales_ptr = None
-            static_ptr = None
-            if PER_TOKENV:
-                scales_ptr = v_scales_ptr + block * stride_vsb + head * stride_vsh + offset
-            else:
-                static_ptr = v_static_ptr + head * stride_v_static
+            k_scale_ptr = k_static_ptr + head * stride_k_static
+        if PER_TOKENV:
+            v_scale_ptrs = v_scales_ptr + block * stride_vsb + head * stride_vsh + offset
+        else:
+            v_scale_ptr = v_static_ptr + head * stride_v_static
+        if pid < tiles:
+            _write_columns(key_ptr, row * stride_key_t + head * stride_key_h, token < num_tokens,
+                           k_codes_ptr + block * stride_kb + head * stride_kh, k_scale_ptrs, k_scale_ptr, k_rotation,
+                           live, key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), ENCODE, OFFSET,
+                           RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT,
+                           CAP)
+        else:
             _write_columns(value_ptr, row * stride_value_t + head * stride_value_h, token < num_tokens,
-                           v_codes_ptr + block * stride_vb + head * stride_vh, scales_ptr, static_ptr, matrix_ptr, live,
-                           value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), ENCODEV, OFFSETV,
-                           RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV, MIN_SCALE,
-                           MAX_INPUT, CAP)
+                           v_codes_ptr + block * stride_vb + head * stride_vh, v_scale_ptrs, v_scale_ptr, v_rotation,
+                           live, value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), ENCODEV,
+                           OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV,
+                           MIN_SCALE, MAX_INPUT, CAP)
 
 
 @dataclass(frozen=True)
