@@ -32,7 +32,8 @@ WAIT_FIRST, WAIT_QUERIES, WAIT_PAGES = tl.constexpr(0), tl.constexpr(1), tl.cons
 @triton.jit
 def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid, pieces, slot_step, counter_step,
                  level_step, sinks_ptrs, matrix_ptr, out_scale, DV: tl.constexpr, PARTV: tl.constexpr,
-                 BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr):
+                 BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+                 AT_ONCE: tl.constexpr):
     """This program's result is left; combine it with the others' where it was the last to come.
 
     Args:
@@ -53,7 +54,8 @@ def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid,
         if arrived == children:
             tl.store(counters_ptr + start * counter_step, 0)  # as it was
             ptrs = partial_ptrs + start.to(tl.int64) * slot_step
-            m, l, accs = combine_partials(ptrs, row_mask, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, ROWS)
+            m, l, accs = combine_partials(ptrs, row_mask, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, ROWS,
+                                          AT_ONCE)
             if count <= FAN:
                 finish(out_ptrs, row_mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV, PARTV, BLOCK_PV, PARTSV,
                        BLOCK_DV)
@@ -83,7 +85,7 @@ def _decode_kernel(
         BITS: tl.constexpr, BITSV: tl.constexpr, GAIN: tl.constexpr, GAINV: tl.constexpr, OFFSET: tl.constexpr,
         OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
-        WARPS: tl.constexpr, CAP: tl.constexpr):
+        WARPS: tl.constexpr, AT_ONCE: tl.constexpr, CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
 
     The share may begin and end inside sequences and pass through whole ones; each sequence it touches is a segment.
@@ -180,7 +182,7 @@ def _decode_kernel(
                           PARTV, BLOCK_PV, PARTSV)
             _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr + slot * tl.num_programs(0) + tl.program_id(0),
                          pid, first_pid, pieces, slot_step, tl.num_programs(0), level_step, sinks_ptrs, v_matrix_ptr,
-                         out_scale, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, BLOCK_M)
+                         out_scale, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, BLOCK_M, AT_ONCE)
         remaining -= stop - tile
         seq += 1
         tile = first * 0
@@ -244,7 +246,7 @@ class Workspace:
         grid_heads = kv_heads * triton.cdiv(rows, block_m)
         target = config.programs or max(1, config.occupancy * multiprocessors(query.device) // grid_heads)
         sizes = cache.sizes()
-        levels = 1 if target <= FAN.value else 2
+        levels = 1 + (target > FAN.value) + (target > FAN.value**2)
         parts = [query.numel() if cache.k_transform is not None else 0,
                  (target + batch) * kv_heads * rows * (sizes['PARTSV'] * sizes['PARTV'] + STATISTICS.value),
                  levels * (target + batch) * grid_heads]
@@ -260,6 +262,12 @@ class Workspace:
         else:
             fill(None, None, cache, TokenLayout(), self.inputs(query))
         return self
+
+    def at_once(self, cache: PagedCache) -> int:
+        """Results that a program combines at a time: as many as 64 registers per lane hold."""
+        sizes = cache.sizes()
+        elements = self.block_m * sizes['BLOCK_PV'] * sizes['PARTSV']
+        return max(1, min(FAN.value, 32 * 32 * self.config.num_warps // elements))
 
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
         """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
@@ -299,7 +307,8 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
         BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap), FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
-        ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16), CAP=cap, num_warps=config.num_warps,
+        ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16),
+        AT_ONCE=workspace.at_once(cache), CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **dependent_launch(cap),
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
     return out

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..reference import MAX_INPUT, MIN_SCALE
 from .codecs import device_codec
 from .launch import check_device, compute_capability, dependent_launch
-from .rotation import column_power, rotated_part
+from .rotation import rotate_columns
 from .tiles import key_offset, token_slots, value_offset
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matr
     byte = tl.arange(0, BLOCK_P)
     parts = ()
     if matrix_ptr is not None:
-        power = column_power(x_ptr, offset, valid, D, BLOCK_D, MAX_INPUT)
-        for part in tl.static_range(PARTS):
-            parts += (rotated_part(x_ptr, offset, valid, power, matrix_ptr, part * PART, D, PART, BLOCK_P,
-                                   BLOCK_D, MAX_INPUT), )
+        parts = rotate_columns(x_ptr, offset, valid, matrix_ptr, D, PART, BLOCK_P, PARTS, BLOCK_D, MAX_INPUT)
     else:
         for part in tl.static_range(PARTS):
             there = (byte < PART) & (byte + part * PART < D)
@@ -103,10 +100,9 @@ def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_row
     token = (column // HEADS_PER_KV).to(tl.int64)
     valid = column < num_rows
     offset = token * stride_t + head * stride_h
-    power = column_power(query_ptr, offset, valid, D, BLOCK_D, float('inf'))
-    out = rotated_part(query_ptr, offset, valid, power, matrix_ptr, 0, D, D, BLOCK_D, BLOCK_D, float('inf'))
+    parts = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))
     dim = tl.arange(0, BLOCK_D)
-    tl.store(rotated_ptr + ((token * num_heads + head) * D)[None, :] + dim[:, None], out,
+    tl.store(rotated_ptr + ((token * num_heads + head) * D)[None, :] + dim[:, None], parts[0],
              mask=valid[None, :] & (dim < D)[:, None])
 
 

@@ -113,7 +113,7 @@ def _flatten_kernel(
         scale = tl.load(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(k_static_ptr + head * stride_k_static) + tl.zeros([BLOCK_N], tl.float32)
-    decoded = DECODE(codes, CAP)
+    decoded = DECODE(codes, False, CAP)
     parts = ()
     for part in tl.static_range(PARTS):
         parts += (key_rows(decoded[part]), )
@@ -130,7 +130,7 @@ def _flatten_kernel(
         scale = tl.load(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(v_static_ptr + head * stride_v_static) + tl.zeros([BLOCK_N], tl.float32)
-    decoded = DECODEV(codes, CAP)
+    decoded = DECODEV(codes, True, CAP)
     parts = ()
     for part in tl.static_range(PARTSV):
         parts += (tl.trans(value_columns(decoded[part])), )
