@@ -45,7 +45,7 @@ def _flatten_rows(parts, scale, out_ptrs, new_ptrs, matrix_ptr, cached, fresh, G
             values = tl.where(cached[:, None], parts[part].to(tl.float32) * (GAIN / (1 << (BITS * part))) - OFFSET, 0.0)
             codes += (values.to(tl.float16), )  # exact
         BLOCK_OUT: tl.constexpr = 64 if BLOCK_D > 64 else BLOCK_D  # the matrix is large
-        for first in range(0, D, BLOCK_OUT):
+        for first in tl.range(0, D, BLOCK_OUT, num_stages=1):
             dim = first + tl.arange(0, BLOCK_OUT)
             rows = tl.zeros([scale.shape[0], BLOCK_OUT], tl.float32)
             for part in tl.static_range(PARTS):
