@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .attend import LOG2E
-from .rotation import load_back, power_below
+from .rotation import power_below, rotate_back
 
 FAN = tl.constexpr(16)
 """Results that one program combines."""
@@ -47,26 +47,24 @@ def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_
     l = tl.sum(ls * tl.exp2(ms - shift[None, :]), 0)
     accs = ()
     for _ in tl.static_range(PARTSV):
-        accs += (tl.zeros([ROWS, BLOCK_PV], tl.float32), )
+        accs += (tl.zeros([BLOCK_PV, ROWS], tl.float32), )
     for start in tl.range(0, children, AT_ONCE, num_stages=1):
-        some = start + tl.arange(0, AT_ONCE)
-        some_there = (some < children)[:, None] & mask[None, :]
-        ptrs = row_ptrs[None, :] + (some.to(tl.int64) * step)[:, None]
-        some_ms = tl.load(ptrs + PARTSV * PARTV, mask=some_there, other=float('-inf'), cache_modifier='.cg')
-        loaded = ()
-        for part in tl.static_range(PARTSV):
-            loaded += (tl.load(ptrs[:, :, None] + (part * PARTV + byte)[None, None, :],
-                               mask=some_there[:, :, None] & (byte < PARTV)[None, None, :], other=0.0,
-                               cache_modifier='.cg'), )
-        factor = tl.exp2(some_ms - shift[None, :])
-        new_accs = ()
-        for part in tl.static_range(PARTSV):
-            new_accs += (accs[part] + tl.sum(loaded[part] * factor[:, :, None], 0), )
-        accs = new_accs
-    columns = ()
-    for part in tl.static_range(PARTSV):
-        columns += (tl.trans(accs[part]), )
-    return m, l, columns
+        factors, loaded = (), ()
+        for some in tl.static_range(AT_ONCE):
+            some_mask = mask & (start + some < children)
+            ptrs = row_ptrs + (start + some).to(tl.int64) * step
+            factors += (tl.load(ptrs + PARTSV * PARTV, mask=some_mask, other=float('-inf'), cache_modifier='.cg'), )
+            for part in tl.static_range(PARTSV):
+                loaded += (tl.load(ptrs[None, :] + (part * PARTV + byte)[:, None],
+                                   mask=some_mask[None, :] & (byte < PARTV)[:, None], other=0.0,
+                                   cache_modifier='.cg'), )
+        for some in tl.static_range(AT_ONCE):
+            factor = tl.exp2(factors[some] - shift)[None, :]
+            new_accs = ()
+            for part in tl.static_range(PARTSV):
+                new_accs += (accs[part] + factor * loaded[some * PARTSV + part], )
+            accs = new_accs
+    return m, l, accs
 
 
 @triton.jit
@@ -94,9 +92,6 @@ def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV: tl
                      (accs[part] * factor[None, :]).to(out_ptrs.dtype.element_ty),
                      mask=mask[None, :] & there[:, None])
     else:
-        # The matrix is asked for before sums and barriers; a few rows of it at a time where it is large.
-        BLOCK_OUT: tl.constexpr = BLOCK_DV if BLOCK_DV <= 64 else 64
-        matrices = load_back(matrix_ptr, 0, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
         largest = tl.max(tl.abs(accs[0]), 0)
         for part in tl.static_range(1, PARTSV):
             largest = tl.maximum(largest, tl.max(tl.abs(accs[part]), 0))
@@ -104,13 +99,11 @@ def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV: tl
         stored = ()
         for part in tl.static_range(PARTSV):
             stored += ((accs[part] / power[None, :]).to(tl.float16), )
-        for first in tl.static_range(0, DV, BLOCK_OUT):
+        # A few rows of the matrix at a time: registers that spill here cost more than waiting.
+        BLOCK_OUT: tl.constexpr = 32 if BLOCK_PV >= 64 else (64 if BLOCK_DV > 64 else BLOCK_DV)
+        for first in range(0, DV, BLOCK_OUT):
             dim = first + tl.arange(0, BLOCK_OUT)
-            if first > 0:
-                matrices = load_back(matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
-            out = tl.zeros([BLOCK_OUT, m.shape[0]], tl.float32)
-            for part in tl.static_range(PARTSV):
-                out = tl.dot(matrices[part], stored[part], out)
+            out = rotate_back(stored, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
             tl.store(out_ptrs[None, :] + dim[:, None],
                      (out * (power * factor)[None, :]).to(out_ptrs.dtype.element_ty),
                      mask=mask[None, :] & (dim < DV)[:, None])

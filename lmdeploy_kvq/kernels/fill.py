@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..reference import MAX_INPUT, MIN_SCALE
 from .codecs import device_codec
-from .launch import check_device, compute_capability, dependent_launch
+from .launch import check_device, compute_capability, dependent_launch, multiprocessors
 from .rotation import rotate_columns
 from .tiles import key_offset, token_slots, value_offset
 
@@ -237,12 +237,9 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
     batch = layout.kv_lens.size(0) if layout.slots is None and layout.kv_lens is not None else 1
     query = None if inputs is None else inputs.query
     k_transform, v_transform = cache.k_transform, cache.v_transform
-    few = layout.uniform_query_len > 0 or tokens <= 64 or key is None
-    if k_transform is None and v_transform is None:
-        tile, warps = (1, 1) if few else (16, 4)
-    else:
-        tile, warps = (8, 4) if few else (64, 8)
     heads_per_kv = 1 if query is None else query.size(1) // cache.num_kv_heads
+    tile, warps = _tile(cache, tokens, (0 if key is None else 2) + (0 if query is None else heads_per_kv),
+                        k_transform is not None or v_transform is not None)
     programs = (0 if key is None else 2 * triton.cdiv(tokens, tile)) + (
         0 if query is None else triton.cdiv(tokens * heads_per_kv, tile))
     _fill_kernel[(cache.num_kv_heads, max(programs, 1))](
@@ -257,6 +254,18 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=warps,
         **dependent_launch(cap))
+
+
+def _tile(cache: PagedCache, tokens: int, rows_per_token: int, rotates: bool) -> tuple[int, int]:
+    """Rows per program, and its warps.
+
+    Every program that rotates reads a matrix, so that there should not be many more than multiprocessors.
+    """
+    if not rotates:
+        return (1, 1) if tokens <= 64 else (4, 2) if tokens <= 512 else (16, 4)
+    each = tokens * rows_per_token * cache.num_kv_heads // (2 * multiprocessors(cache.k_codes.device))
+    tile = min(max(8, triton.next_power_of_2(each)), 64)
+    return tile, 4 if tile <= 16 else 8
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:

@@ -60,22 +60,23 @@ def rotate_columns(x_ptr, offset, valid, matrix_ptr, D: tl.constexpr, PART: tl.c
 
 
 @triton.jit
-def load_back(matrix_ptr, first, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr,
-              BLOCK_OUT: tl.constexpr):
-    """What parts of stored rows are multiplied with, from the left, for elements first .. first + BLOCK_OUT of a row.
+def rotate_back(parts, matrix_ptr, first, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr,
+                PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """Elements first .. first + BLOCK_OUT of rows whose stored parts are ``parts``, fp16 [BLOCK_P, columns] each.
 
     Args:
         matrix_ptr: the inverse, fp16 [D, D], contiguous.
 
     Returns:
-        fp16 [BLOCK_OUT, BLOCK_P] for each part.
+        fp32 [BLOCK_OUT, columns].
     """
     dim = first + tl.arange(0, BLOCK_OUT)
     byte = tl.arange(0, BLOCK_P)
-    matrices = ()
+    out = tl.zeros([BLOCK_OUT, parts[0].shape[1]], tl.float32)
     for part in tl.static_range(PARTS):
         stored = part * PART + byte
         there = (byte < PART) & (stored < D)
-        matrices += (tl.load(matrix_ptr + (stored * D)[None, :] + dim[:, None],
-                             mask=there[None, :] & (dim < D)[:, None], other=0.0), )
-    return matrices
+        matrix = tl.load(matrix_ptr + (stored * D)[None, :] + dim[:, None], mask=there[None, :] & (dim < D)[:, None],
+                         other=0.0)
+        out = tl.dot(matrix, parts[part], out)
+    return out
