@@ -215,6 +215,8 @@ def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
     if cache.sizes()['BLOCK_PV'] < 64:
         # Each warp has 16 elements of the output or more: four of them would do the same work twice.
         return DecodeConfig(block_n, occupancy=8, num_warps=2, maxnreg=128)
+    if cache.sizes()['PARTSV'] == 1:
+        return DecodeConfig(block_n, occupancy=3, maxnreg=168)
     return DecodeConfig(block_n, occupancy=4, maxnreg=128)
 
 
