@@ -21,11 +21,12 @@ from importlib import metadata
 from typing import Any
 
 from . import _autoload
-from .calibrate import STATIC, attach, model_folder
+from .calibrate import STATIC, attach
 from .capacity import CacheShape, gain
-from .console import UserError, table, wrapped
-from .environment import find_gpus, package_problems, reason, version, versions
+from .console import UserError, reason, table, wrapped
+from .environment import find_gpus, package_problems, version, versions
 from .formats import FORMATS, get_format
+from .texts import model_folder
 
 AUDIT = ('layer', 'k_scale', 'v_scale', 'source')
 SCALES = _autoload.SCALES

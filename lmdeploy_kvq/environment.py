@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .console import first_line
 
 MIN_CAPABILITY = (8, 0)
 """Oldest compute capability the kernels are built and tested for."""
@@ -40,7 +41,7 @@ def find_gpus() -> tuple[list[dict[str, Any]], list[str]]:
         if not Path('/dev/nvidia0').exists():
             return [], []
         why = 'this PyTorch is built without CUDA' if torch.version.cuda is None else \
-            _first_line(str(caught[-1].message)) if caught else 'torch.cuda.is_available() is False'
+            first_line(str(caught[-1].message)) if caught else 'torch.cuda.is_available() is False'
         return [], [f'An NVIDIA GPU is present, but PyTorch cannot use it ({why}): install a PyTorch built for the '
                     'driver\'s CUDA version, see https://pytorch.org/get-started/locally.']
     gpus, problems = [], []
@@ -92,12 +93,3 @@ def version(name: str) -> str | None:
 
 def _numbers(dotted: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r'\d+', dotted.split('+')[0])[:3])
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [''])[0][:200]
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line."""
-    return f'{type(error).__name__}: {_first_line(str(error))}'.removesuffix(': ')
