@@ -112,6 +112,8 @@ class Run:
 
     Attributes:
         scores: one per passage. tokens: one continuation per prompt. found: one per needle.
+        decoding: per prompt, how far what the engine decoded is from what its prefill predicts: ``agreement`` (share of
+            tokens that are prefill's likeliest) and ``worst_gap`` (nats between the two); empty where no engine ran.
         block_bytes: bytes of one block of the cache, all layers of one GPU, and its tokens, as the engine allocates
             it; None where no engine ran.
         error: why there is nothing, in one line.
@@ -119,6 +121,7 @@ class Run:
     scores: list[Scores] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     found: list[Found] = field(default_factory=list)
+    decoding: list[dict[str, float]] = field(default_factory=list)
     block_bytes: tuple[int, int] | None = None
     error: str | None = None
 

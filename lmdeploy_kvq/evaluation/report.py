@@ -39,8 +39,9 @@ def print_rows(console: Any, rows: Sequence[Mapping[str, Any]], measure: str | N
         if row['error'] is not None:
             console.print(f'  {row["format"]}: not measured: {row["error"]}', style='red', markup=False)
     first = rows[0]
-    lines = ["perpl.: perplexity of the text; KL: mean divergence of the predictions from the unquantized cache's, in nats; "
-             'KL 99%: its 99th percentile', 'same: share of positions at which the likeliest token is the same']
+    lines = ["KL: mean divergence of predictions from the unquantized cache's, in nats",
+             'KL 99%: its 99th percentile over the positions; perpl.: perplexity of the text',
+             'same: share of positions at which the likeliest token is the same']
     if 'greedy_tokens' in first:
         lines.append(f'greedy: tokens until the continuation first differs, of {first["greedy_tokens"]}')
     if measure == 'exact':
@@ -52,7 +53,7 @@ def print_rows(console: Any, rows: Sequence[Mapping[str, Any]], measure: str | N
         lines.append('bytes: of the cache per token and GPU' +
                      ('; fit: tokens that fit' if any(row['tokens_that_fit'] for row in rows) else ''))
     if any(row['floor'] for row in rows):
-        lines.append('again: the unquantized cache once more; differences as small as its own mean nothing')
+        lines.append('again: the unquantized cache once more: smaller differences mean nothing')
     _legend(console, lines)
 
 
@@ -161,41 +162,46 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], budget: float, title: str) 
         if base is not None:
             axes.axvline(base, color='black', linewidth=1)
             axes.text(base, 0.98, 'unquantized ', ha='right', va='top', transform=axes.get_xaxis_transform())
-        axes.axhline(budget, color='tab:green', linestyle='--', linewidth=1, label=f'budget: {budget:g}')
-        for row in rows:
-            if row['floor'] and row['error'] is None and row['mean_kl'] > 0:
-                axes.axhline(row['mean_kl'], color='tab:gray', linestyle=':', linewidth=1, label='a second run')
+        levels = [(budget, 'tab:green', f' budget: {budget:g}')]
+        levels += [(row['mean_kl'], 'tab:gray', ' a second unquantized run') for row in rows
+                   if row['floor'] and row['error'] is None and row['mean_kl'] > 0]
+        for level, color, text in levels:
+            axes.axhline(level, color=color, linestyle='--', linewidth=1)
+            axes.text(0, level, text, color=color, ha='left', va='bottom')
         axes.set_xlim(0, max([row['bytes_per_token'] for row in points] + [base or 0]) * 1.08)
         axes.margins(y=0.12)
-        _label(figure, axes, points)
         axes.set_xlabel('bytes per token and GPU')
         axes.set_ylabel('mean KL divergence from the unquantized cache, nats')
         axes.set_title(title, loc='left')
         axes.grid(True, which='major', alpha=0.3)
-        axes.legend(loc='upper right', bbox_to_anchor=(0.98, 0.92))
+        axes.xaxis.set_major_formatter('{x:,.0f}')
+        _label(figure, axes, points)
         try:
             figure.savefig(path, dpi=150)
         except (OSError, ValueError) as error:
             raise UserError(f'{path} is not drawn: {error}') from error
 
 
+_SIDES = (((8, 0), 'left', 'center'), ((-8, 0), 'right', 'center'), ((0, 7), 'center', 'bottom'),
+          ((0, -7), 'center', 'top'), ((8, -11), 'left', 'center'), ((8, 11), 'left', 'center'))
+
+
 def _label(figure: Any, axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    """Names beside the points, on the side where there is room; names of near points one under the other."""
-    middle = sum(axes.get_xlim()) / 2
-    axes.autoscale_view()
-    taken: list[tuple[bool, float]] = []
-    height = 13  # pixels of a line at 100 dpi
-    for row in sorted(points, key=lambda row: -row['mean_kl']):
-        left = row['bytes_per_token'] > middle
-        y = axes.transData.transform((row['bytes_per_token'], row['mean_kl']))[1]
-        place = y
-        for side, other in taken:
-            if side == left and place > other - height:
-                place = other - height
-        taken.append((left, place))
-        axes.annotate(row['format'], (row['bytes_per_token'], row['mean_kl']), fontsize=8,
-                      xytext=(-8 if left else 8, (place - y) * 72 / figure.dpi - 3), textcoords='offset points',
-                      ha='right' if left else 'left')
+    """Names beside the points: each on the first side where it covers no point and no other name."""
+    from matplotlib.transforms import Bbox
+    figure.canvas.draw()  # the layout is known then, and where things are
+    places = [axes.transData.transform((row['bytes_per_token'], row['mean_kl'])) for row in points]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
+    for row, here in zip(points, list(taken)):
+        for offset, across, up in _SIDES:
+            text = axes.annotate(row['format'], (row['bytes_per_token'], row['mean_kl']), offset, fontsize=8,
+                                 textcoords='offset points', ha=across, va=up)
+            box = text.get_window_extent(figure.canvas.get_renderer())
+            free = not any(box.overlaps(other) for other in taken if other is not here)
+            if (free and axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)) or offset == _SIDES[-1][0]:
+                break
+            text.remove()
+        taken.append(box)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -64,7 +64,8 @@ def make_rows(contenders: Sequence[Contender], runs: Sequence[Run], material: Ma
         Rows with ``format``, ``policy``, ``stock``, ``floor``, ``scales``, ``error``; the figures of
         :func:`~lmdeploy_kvq.accuracy.summary`, over all texts and, under ``domains``, per text;
         ``greedy_agreement``: mean tokens until the continuation first differs, of ``greedy_tokens``; ``needles``: one
-        entry per length and depth; ``needle_exact``, ``needle_reciprocal_rank``: their means; and the sizes.
+        entry per length and depth; ``decode_against_prefill_agreement`` and ``_worst_gap``, the least and the largest
+        of the prompts'; ``needle_exact``, ``needle_reciprocal_rank``: their means; and the sizes.
     """
     domains = dict.fromkeys(passage.domain for passage in material.passages)
     rows = []
@@ -79,6 +80,9 @@ def make_rows(contenders: Sequence[Contender], runs: Sequence[Run], material: Ma
             if run.tokens:
                 row['greedy_agreement'] = _mean(map(agreeing, run.tokens, runs[0].tokens))
                 row['greedy_tokens'] = material.new_tokens
+            if run.decoding:
+                row['decode_against_prefill_agreement'] = min(found['agreement'] for found in run.decoding)
+                row['decode_against_prefill_worst_gap'] = max(found['worst_gap'] for found in run.decoding)
             if run.found:
                 row['needles'] = [{'length': needle.length, 'depth': needle.depth, 'exact': found.exact,
                                    'reciprocal_rank': found.reciprocal_rank}

@@ -5,8 +5,10 @@ without history is otherwise exact by design, and nothing would show.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,13 +58,17 @@ def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: 
         question.write_text(json.dumps(dict(spec)), encoding='utf-8')
         command = [sys.executable, '-m', 'lmdeploy_kvq.backends.probe', str(question), str(answer)]
         late = ''
+        # its output goes to a file: workers that outlive it would keep a pipe open
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**os.environ, **(env or {})})
         try:
-            # its output goes to a file: workers that outlive it would keep a pipe open
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False,
-                                  env={**os.environ, **(env or {})})
-            code = done.returncode
+            process.wait(limit)
         except subprocess.TimeoutExpired:
-            late, code = f'not done after {limit:.0f} s', -1
+            late = f'not done after {limit:.0f} s'
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the workers it may have left
+            code = process.wait()
         log.seek(0)
         text = log.read()[-8000:]
         found = json.loads(answer.read_text(encoding='utf-8')) if answer.exists() and not late else {}
@@ -118,6 +124,7 @@ def _measure(folder: str, material: Material, contender: Contender, number: int,
         # another pool for each: the repetition of the unquantized cache is not to find the same addresses
         'engine': {'num_gpu_blocks': blocks + number, 'session_len': session, 'max_batch_size': BATCH, 'tp': tp},
         'prompts': material.prompts, 'new_tokens': material.new_tokens,
+        'score_generated': bool(material.prompts),
         'questions': [needle.prompt for needle in material.needles],
         'answer_tokens': max([len(needle.answer_ids) + 4 for needle in material.needles], default=0),
         'passages': [passage.ids for passage in material.passages], 'scores': str(scores),
@@ -139,4 +146,5 @@ def read(answer: Mapping[str, Any], material: Material, scores: Path) -> Run:
              for needle, text, places in zip(material.needles, answer.get('answers', []), answer.get('ranks', []))]
     block = (answer['block_bytes'], answer['block_size']) if 'block_bytes' in answer else None
     return Run(scores=[Scores(**fields) for fields in torch.load(scores)], found=found, block_bytes=block,
+               decoding=answer.get('decode_against_prefill', []),
                tokens=answer['rounds'][0]['tokens'] if material.prompts else [])
