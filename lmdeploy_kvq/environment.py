@@ -17,6 +17,19 @@ MIN_CAPABILITY = (8, 0)
 
 _PACKAGES = ('torch', 'triton', 'lmdeploy', 'transformers')
 
+_OPTIONAL = ('ray', 'safetensors', 'huggingface-hub', 'fa3-fwd', 'flash-attn', 'rich', 'matplotlib', 'lm-eval')
+"""Packages that are listed where they are installed: they decide how a model is served, or which commands run."""
+
+
+def machine() -> dict[str, str]:
+    """What a bug report has to say of the machine: operating system, Python, NVIDIA's driver where there is one."""
+    found = {'system': platform.platform(), 'python': sys.executable}
+    driver = Path('/proc/driver/nvidia/version')
+    if driver.is_file():
+        number = re.search(r'\d+\.\d+(\.\d+)?', driver.read_text(errors='replace'))
+        found['driver'] = number[0] if number else first_line(driver.read_text(errors='replace'))
+    return found
+
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that matter; None: not installed. ``cuda``: what torch was built for."""
@@ -26,7 +39,7 @@ def versions() -> dict[str, str | None]:
         found[name] = version(name)
         if name == 'torch':
             found['cuda'] = getattr(getattr(torch, 'version', None), 'cuda', None)
-    return found
+    return {**found, **{name: version(name) for name in _OPTIONAL if version(name)}}
 
 
 def find_gpus() -> tuple[list[dict[str, Any]], list[str]]:

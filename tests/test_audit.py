@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_loading import add_scales, load, value, write_model
 
-from lmdeploy_kvq import FORMATS, cli, doctor
+from lmdeploy_kvq import FORMATS, cli, modelcheck
 from lmdeploy_kvq.backends import audit
 from lmdeploy_kvq.backends.loading import SCALES, settle
 from lmdeploy_kvq.console import UserError
@@ -85,25 +85,25 @@ def test_the_command_prints_the_table(folder, tmp_path, capsys):
 
 
 def test_what_the_engine_refuses_is_the_problem(folder, tmp_path):
-    assert 'strict: no scales for 2 of 2 layers' in doctor.audit(str(folder), 'fp8', 'strict')['problems'][0]
-    assert doctor.audit(str(folder), 'fp8_e5m2', '')['problems'] == [], 'e5m2 has range to spare'
+    assert 'strict: no scales for 2 of 2 layers' in modelcheck.audit(str(folder), 'fp8', 'strict')['problems'][0]
+    assert modelcheck.audit(str(folder), 'fp8_e5m2', '')['problems'] == [], 'e5m2 has range to spare'
     path = tmp_path / 'wide.safetensors'
     write_file(path, {n: (value(0.1), value(0.1)) for n in range(2)}, {'format': 'fp8_e5m2'})
-    assert 'is for fp8_e5m2' in doctor.audit(str(folder), 'fp8', str(path))['problems'][0]
-    assert doctor.audit(str(folder), 'fp8_e5m2', str(path))['problems'] == []
+    assert 'is for fp8_e5m2' in modelcheck.audit(str(folder), 'fp8', str(path))['problems'][0]
+    assert modelcheck.audit(str(folder), 'fp8_e5m2', str(path))['problems'] == []
     add_scales(folder, {'model.layers.0.self_attn.k_scale': value(0.0)})
-    assert 'k_scale is 0' in doctor.audit(str(folder), 'fp8', '')['problems'][0]
+    assert 'k_scale is 0' in modelcheck.audit(str(folder), 'fp8', '')['problems'][0]
 
 
 def test_mistakes(folder):
     for fmt in FORMATS:
         if fmt.per_token_head:
             with pytest.raises(UserError, match=f'{fmt.name} computes its scales as tokens are written'):
-                doctor.audit(str(folder), fmt.name)
+                modelcheck.audit(str(folder), fmt.name)
     with pytest.raises(UserError, match='unknown KV cache format'):
-        doctor.audit(str(folder), 'fp9')
+        modelcheck.audit(str(folder), 'fp9')
     with pytest.raises(UserError, match='is no model'):
-        doctor.audit('/nowhere/at/all', 'fp8')
+        modelcheck.audit('/nowhere/at/all', 'fp8')
 
 
 def test_a_file_of_another_model_is_used_with_a_warning(folder, caplog):
