@@ -95,6 +95,33 @@ def test_what_the_engine_refuses_is_the_problem(folder, tmp_path):
     assert 'k_scale is 0' in modelcheck.audit(str(folder), 'fp8', '')['problems'][0]
 
 
+def test_formats_that_can_store_a_model(folder, capsys):
+    """Qwen3's heads can be stored by all; with heads of another size none can, and the engine's words say why."""
+    found = modelcheck.check_model(str(folder))
+    assert found['architecture'] == 'Qwen3ForCausalLM' and found['cache']['layers'] == 2
+    assert [row['name'] for row in found['formats']] == [fmt.name for fmt in FORMATS]
+    assert all(row['supported'] for row in found['formats']) and len(found['layers']) == 2
+    for fmt in FORMATS:
+        if fmt.per_token_head:
+            found = modelcheck.check_model(str(folder), fmt.name)
+            assert found['layers'] == [] and found['problems'] == [] and found['format'] == fmt.name
+    config = folder / 'config.json'
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'head_dim': 20}))
+    found = modelcheck.check_model(str(folder))
+    assert not any(row['supported'] for row in found['formats']) and len(found['problems']) == 1
+    assert 'head_dim 20 is not supported' in found['problems'][0]
+    assert cli.main(['doctor', '--model', str(folder), '--quant-policy', FORMATS[0].name]) == 1
+    text = ' '.join(capsys.readouterr().out.split())
+    assert text.count(f'{FORMATS[0].name}: head_dim 20 is not supported') == 1 and not text.endswith('OK')
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"architectures": ["NoSuchForCausalLM"], "model_type": "none"}'])
+def test_configurations_that_lmdeploy_cannot_read(tmp_path, content, capsys):
+    (tmp_path / 'config.json').write_text(content)
+    assert cli.main(['doctor', '--model', str(tmp_path)]) == 2
+    assert f'LMDeploy cannot read {tmp_path}' in capsys.readouterr().err
+
+
 def test_mistakes(folder):
     for fmt in FORMATS:
         if fmt.per_token_head:
