@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .calibrate import FILE, STATIC, attach, engine_for
-from .console import UserError, need, progress, wrapped, writable
+from .console import UserError, need, progress, reason, wrapped, writable
 from .plan import quantity, tokens
 from .texts import load_tokenizer, model_folder
 
@@ -204,7 +204,7 @@ def _positions(folder: str) -> int:
     try:
         config = AutoConfig.from_pretrained(folder).get_text_config()
     except Exception as error:  # json's, transformers' and the model's own
-        raise UserError(f'transformers cannot read {folder}/config.json: {error}') from error
+        raise UserError(f'transformers cannot read {folder}/config.json: {reason(error)}') from error
     return getattr(config, 'max_position_embeddings', None) or 1 << 30
 
 

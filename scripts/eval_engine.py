@@ -44,7 +44,7 @@ def flat(row: dict) -> list[dict]:
 
 
 def main() -> int:
-    from lmdeploy_kvq.backends.config import lmdeploy_policies
+    from lmdeploy_kvq.backends.policies import lmdeploy_policies
     from lmdeploy_kvq.eval import Settings, evaluate
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--model', default='~/models/smollm2')

@@ -62,13 +62,6 @@ def _known() -> str:
     return ', '.join(f'{p.name.lower()} ({p.value})' for p in QuantPolicy)
 
 
-def lmdeploy_policies() -> dict[str, int]:
-    """LMDeploy's own quantized policies, those included that this package serves with its kernels: name to number."""
-    from lmdeploy.messages import QuantPolicy
-    added = {fmt.policy for fmt in FORMATS if not fmt.upstream}
-    return {p.name.lower(): int(p) for p in QuantPolicy if int(p) and int(p) not in added}
-
-
 def check_pytorch_config(original: Callable[..., None], config: Any) -> None:
     """Resolve names of formats; refuse unknown policies and devices our kernels do not run on."""
     from lmdeploy.messages import QuantPolicy

@@ -45,7 +45,7 @@ def _stock(name: str, engine: str) -> Contender:
     """A policy of LMDeploy's own: ``int4``, or ``lmdeploy:fp8`` where this package has one of that name."""
     ours = f'known are {ALL}, {", ".join(fmt.name for fmt in FORMATS)}'
     try:
-        from ..backends.config import lmdeploy_policies
+        from ..backends.policies import lmdeploy_policies
         policies = lmdeploy_policies()
     except ImportError as error:
         raise UserError(f'unknown cache format {name!r}; {ours} (LMDeploy\'s own cannot be listed: {error})') from error

@@ -38,7 +38,8 @@ def run_tasks(server: str, tasks: Sequence[str], model: str | None = None, limit
     """
     need('lm_eval', 'eval')
     server = server.rstrip('/').removesuffix('/v1')
-    model = model or _ask(server, '/v1/models')['data'][0]['id']
+    served = _served(server)
+    model = model or served
     from lm_eval import __version__, simple_evaluate
     from lm_eval.tasks import TaskManager
     manager = TaskManager(include_path=folder)
@@ -71,6 +72,14 @@ def _plain(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     """Figures as JSON has them; lm-eval's own are NumPy's."""
     return {task: {key: value if isinstance(value, (str, int)) else float(value) for key, value in figures.items()}
             for task, figures in results.items()}
+
+
+def _served(server: str) -> str:
+    """What the server calls its first model."""
+    try:
+        return str(_ask(server, '/v1/models')['data'][0]['id'])
+    except (LookupError, TypeError) as error:
+        raise UserError(f'{server}/v1/models names no model; is it an OpenAI-compatible server?') from error
 
 
 def _returns_prompt_scores(server: str, model: str) -> bool:
