@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--json', type=Path, metavar='FILE', help='write everything, with the environment')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='draw accuracy against size: .png, .svg or .pdf')
     server = parser.add_argument_group('standard tasks (pip install "lmdeploy-kvq[eval]")')
-    server.add_argument('--server', metavar='URL', help='a running OpenAI-compatible server, instead of MODEL')
+    server.add_argument('--server', metavar='URL',
+                        help='a running OpenAI-compatible server; MODEL, if given, is its name there')
     server.add_argument('--task', type=_names, default=(), metavar='NAME,...', help="tasks of lm-eval, e.g. gsm8k")
     server.add_argument('--limit', type=quantity, metavar='N', help='questions per task (default: all)')
     server.add_argument('--few-shot', type=_count, metavar='N', help="worked examples (default: the task's own)")
@@ -157,9 +158,8 @@ def evaluate(model: str, settings: Settings | None = None) -> Evaluation:
     from .evaluation import material, rows
     found = _material(tokenizer, folder, settings, engine)
     notes, layers, loaded = [], [], None
-    if layered is not None or engine == 'transformers':
+    if engine == 'transformers':
         loaded = _load(folder)
-    if loaded is not None and engine == 'transformers':
         from .evaluation import through_transformers
         with progress('measuring', through_transformers.steps(found, chosen), 'steps') as done:
             runs = through_transformers.run(loaded, tokenizer, found, chosen, done)
@@ -171,7 +171,8 @@ def evaluate(model: str, settings: Settings | None = None) -> Evaluation:
     if sizes.problem:
         notes.append(f'No sizes: {sizes.problem}')
     if layered is not None:
-        layers = _layers(loaded, found, layered)
+        # beside an engine, the model is loaded once more, and only now: there may be no room for both
+        layers = _layers(loaded or _load(folder), found, layered)
         if engine != 'transformers':
             notes.append('Layers were ranked through transformers, in fp32: LMDeploy stores all layers alike.')
     for contender in chosen:
@@ -254,9 +255,15 @@ def run(args: argparse.Namespace) -> int:
     advice = rows.advice(found.rows, args.budget, found.engine)
     if args.json is not None:
         report.write_json(args.json, {**vars(found), 'budget': args.budget, 'advice': advice})
+    problem: UserError | None = None
     if args.plot is not None:
-        report.draw(args.plot, found.rows, args.budget, f'{Path(found.model).resolve().name}: accuracy against size')
-    print(wrapped(advice))
+        try:
+            report.draw(args.plot, found.rows, args.budget, f'{_name(found.model)}: accuracy against size')
+        except UserError as error:  # said when everything else is out
+            problem = error
+    print(wrapped(advice), flush=True)
+    if problem is not None:
+        raise problem
     failed = any(row['error'] is not None for row in found.rows)
     return 1 if failed or rows.pick(found.rows, args.budget) is None else 0
 
@@ -265,7 +272,7 @@ def _show(found: Evaluation, budget: float) -> None:
     from .evaluation import report, rows
     console = report.printer()
     through = "LMDeploy's engine" if found.engine == 'lmdeploy' else 'transformers, fp32'
-    console.print(f'{Path(found.model).resolve().name} through {through}: {found.settings["tokens"]:,} tokens in '
+    console.print(f'{_name(found.model)} through {through}: {found.settings["tokens"]:,} tokens in '
                   f'passages of {found.settings["length"]:,}', markup=False)
     report.print_rows(console, found.rows, found.needle_measure, rows.pick(found.rows, budget), budget)
     if found.needle_measure is not None:
@@ -279,6 +286,13 @@ def _show(found: Evaluation, budget: float) -> None:
     print()
 
 
+def _name(folder: str) -> str:
+    """What to call a model: its name on the hub where the folder is the hub's copy, else the folder's."""
+    parts = Path(folder).resolve().parts
+    hub = next((part for part in parts if part.startswith('models--')), None)
+    return hub.removeprefix('models--').replace('--', '/') if hub and 'snapshots' in parts else parts[-1]
+
+
 def _run_tasks(args: argparse.Namespace) -> int:
     if not args.server:
         raise UserError('--task runs against a server: start one with `lmdeploy serve api_server MODEL`, and give '
@@ -287,6 +301,8 @@ def _run_tasks(args: argparse.Namespace) -> int:
         raise UserError('--server needs --task NAME, e.g. --task gsm8k')
     if args.plot is not None:
         raise UserError('--plot draws formats; tasks of a server have one value each')
+    if args.task_folder is not None and not Path(args.task_folder).is_dir():
+        raise UserError(f'--task-folder {args.task_folder}: there is no such folder')
     from .evaluation import report, tasks
     found = tasks.run_tasks(args.server, args.task, args.model, args.limit, args.few_shot, args.chat,
                             args.task_folder)
