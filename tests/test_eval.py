@@ -262,6 +262,16 @@ def test_the_picture(printed, tmp_path, found):
         report.draw(tmp_path / 'f.xyz', found.rows, 0.01, 'title')
 
 
+def test_without_a_gpu_the_gain_is_shown(found, capsys):
+    from lmdeploy_kvq.evaluation import report
+    report.print_rows(report.printer(), [{**row, 'tokens_that_fit': None} for row in found.rows], None, None, 0.01)
+    text = capsys.readouterr().out
+    for row in found.rows:
+        line = next(line for line in text.splitlines() if line.startswith(f'{row["format"]} '))
+        assert line.endswith(f' {row["gain"]:.2f}x')
+    assert '--gpu-memory counts them' in text
+
+
 def test_colours_only_on_terminals(found, monkeypatch):
     """rich writes colours to a terminal, unless NO_COLOR is set; and this console follows."""
     import io

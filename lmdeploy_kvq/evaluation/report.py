@@ -25,6 +25,7 @@ def print_rows(console: Any, rows: Sequence[Mapping[str, Any]], measure: str | N
                budget: float) -> None:
     """The main table, 80 columns wide at most, and what its columns mean."""
     table = _table('cache', 'perpl.', 'KL', 'KL 99%', 'same', 'greedy', 'needle', 'bytes', 'fit')
+    counted = any(row['tokens_that_fit'] is not None for row in rows)
     for row in rows:
         if row['error'] is not None:
             continue
@@ -33,7 +34,8 @@ def print_rows(console: Any, rows: Sequence[Mapping[str, Any]], measure: str | N
         table.add_row(row['format'], f'{row["perplexity"]:.2f}', *(_kl(row[key]) for key in ('mean_kl', 'p99_kl')),
                       _percent(row['top1_agreement']), _cell(row.get('greedy_agreement'), '.1f'),
                       '-' if measure is None else _percent(row.get(f'needle_{measure}')),
-                      _cell(row['bytes_per_token'], ',.0f'), short(row['tokens_that_fit']), style=style)
+                      _cell(row['bytes_per_token'], ',.0f'),
+                      short(row['tokens_that_fit']) if counted else _cell(row['gain'], '.2f', 'x'), style=style)
     console.print(table)
     for row in rows:
         if row['error'] is not None:
@@ -50,8 +52,8 @@ def print_rows(console: Any, rows: Sequence[Mapping[str, Any]], measure: str | N
         lines.append('needle: mean 1/rank of the digits of numbers hidden in long texts, by log-probability: with the '
                      'unquantized cache, too, this model answers fewer than half')
     if any(row['bytes_per_token'] is not None for row in rows):
-        lines.append('bytes: of the cache per token and GPU' +
-                     ('; fit: tokens that fit' if any(row['tokens_that_fit'] for row in rows) else ''))
+        lines.append('bytes: of the cache per token and GPU; fit: tokens ' + (
+            'that fit' if counted else 'in the same memory (--gpu-memory counts them)'))
     if any(row['floor'] for row in rows):
         lines.append('again: the unquantized cache once more: smaller differences mean nothing')
     _legend(console, lines)
@@ -114,8 +116,8 @@ def _share(cells: Sequence[Mapping[str, Any]], measure: str, key: str, value: fl
     return sum(scores) / len(scores)
 
 
-def _cell(value: float | str | None, form: str) -> str:
-    return '-' if value is None else value if isinstance(value, str) else format(value, form)
+def _cell(value: float | str | None, form: str, unit: str = '') -> str:
+    return '-' if value is None else value if isinstance(value, str) else format(value, form) + unit
 
 
 def _kl(value: float) -> str:
