@@ -38,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--formats', type=_names, default=(ALL, ), metavar='a,b,...',
                         help=f'names, "{ALL}" for every format of this package (default), or LMDeploy\'s own policies')
     parser.add_argument('--text', metavar='FILE|-', help='text to score, "-": standard input (default: built-in texts)')
-    parser.add_argument('--tokens', type=tokens, metavar='N', help='tokens to score (default: 2k; 16k on a GPU)')
-    parser.add_argument('--length', type=tokens, metavar='N', help='tokens of a passage (default: 512; 1k on a GPU)')
+    parser.add_argument('--tokens', type=tokens, metavar='N', help=f'tokens to score (default: {_default(0)})')
+    parser.add_argument('--length', type=tokens, metavar='N', help=f'tokens of a passage (default: {_default(1)})')
     parser.add_argument('--new-tokens', type=_count, default=32, metavar='N',
                         help='tokens of greedy continuations, 0 for none (default: %(default)s)')
     parser.add_argument('--needles', type=_lengths, metavar='N,...',
-                        help='tokens of haystacks, 0 for none (default: 512; 1k,4k on a GPU)')
+                        help=f'tokens of haystacks, 0 for none (default: {_default(2)})')
     parser.add_argument('--budget', type=_positive, default=0.01, metavar='KL',
                         help='mean KL divergence in nats that is safe (default: %(default)s)')
     parser.add_argument('--kv-scales', metavar='PATH', help=f'scale file of fp8 (default: MODEL/{FILE}, else 1.0)')
@@ -66,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument('--few-shot', type=_count, metavar='N', help="worked examples (default: the task's own)")
     server.add_argument('--chat', action='store_true', help='ask through the chat template')
     server.add_argument('--task-folder', metavar='FOLDER', help='further task definitions, as YAML files')
+
+
+def _default(which: int) -> str:
+    """A default of both engines, as ``--help`` says it."""
+    texts = [','.join(map(str, value)) if isinstance(value, tuple) else str(value)
+             for value in (DEFAULTS[engine][which] for engine in ('transformers', 'lmdeploy'))]
+    return f'{texts[0]}; {texts[1]} through LMDeploy'
 
 
 def _names(text: str) -> tuple[str, ...]:
