@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .formats import FORMATS, KVFormat
+
 MISSING = -1.0
 """The value by which a checkpoint says that a scale was never set."""
 
@@ -195,6 +197,18 @@ def _read_json(path: Path) -> ScaleFile:
         values = torch.tensor([float(table[layer]) for table in tables], dtype=torch.float32)
         layers[int(layer)] = LayerScales(kv=values[0] if len(values) == 1 else values, source='file')
     return ScaleFile(layers, {'format': 'vllm-json'}, str(path))
+
+
+def check_format(file: ScaleFile, fmt: KVFormat) -> None:
+    """See that a file's scales were not made for a wider format than ``fmt``: nearly all values would saturate.
+
+    Raises:
+        ScaleError: they were; says what to do.
+    """
+    made_for = next((f for f in FORMATS if f.name == file.metadata.get('format')), fmt)
+    if made_for.key.codec.qmax > fmt.key.codec.qmax or made_for.value.codec.qmax > fmt.value.codec.qmax:
+        raise ScaleError(f'scale file {file.path} is for {made_for.name}, whose codes reach further than those of '
+                         f'{fmt.name}; run lmdeploy-kvq calibrate --format {fmt.name}, or serve {made_for.name}')
 
 
 def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]],

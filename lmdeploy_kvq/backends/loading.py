@@ -12,13 +12,14 @@ import torch
 from lmdeploy.utils import get_logger
 
 from .._autoload import SCALES
-from ..formats import FORMATS, KVFormat, find_format
+from ..formats import KVFormat, find_format
 from ..reference import MAX_INPUT
 from ..scales import (
     FILE_NAME,
     LayerScales,
     ScaleError,
     ScaleFile,
+    check_format,
     fingerprint,
     parse_name,
     read_file,
@@ -241,10 +242,7 @@ def check_origin(file: ScaleFile, fmt: KVFormat, model_path: str) -> None:
     Raises:
         ScaleError: scales made for a wider format: nearly all values would saturate.
     """
-    made_for = next((f for f in FORMATS if f.name == file.metadata.get('format')), fmt)
-    if made_for.key.codec.qmax > fmt.key.codec.qmax or made_for.value.codec.qmax > fmt.value.codec.qmax:
-        raise ScaleError(f'scale file {file.path} is for {made_for.name}, whose codes reach further than those of '
-                         f'{fmt.name}; run lmdeploy-kvq calibrate --format {fmt.name}, or serve {made_for.name}')
+    check_format(file, fmt)
     theirs = file.metadata.get('fingerprint')
     if theirs and Path(model_path, 'config.json').is_file() and theirs != fingerprint(model_path):
         logger.warning(f'lmdeploy_kvq: scale file {file.path} was made for another model '
