@@ -12,7 +12,6 @@ from __future__ import annotations
 # torch and LMDeploy are imported late: --help is fast.
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.resources import files
@@ -202,11 +201,9 @@ def write(args: argparse.Namespace, folder: str, statistics: ModelStatistics, ab
     Raises:
         UserError: scales that no cache can use: the model computes NaN.
     """
-    from .scales import ScaleError, fingerprint, write_file
+    from .scales import ScaleError, provenance, write_file
     fmt: KVFormat = get_format(args.format)
-    metadata = {'format': fmt.name, 'method': args.method, 'granularity': args.granularity,
-                'model': Path(folder).name, 'fingerprint': fingerprint(folder), 'tokens': str(statistics.tokens),
-                'date': time.strftime('%Y-%m-%d', time.gmtime()), **about}
+    metadata = provenance(folder, fmt, args.method, args.granularity, statistics.tokens, **about)
     if args.method == 'percentile':
         metadata['percentile'] = str(args.percentile)
     scales = statistics.scales(fmt, args.method, args.granularity, args.percentile)
