@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import fa3
@@ -11,7 +12,7 @@ import torch
 from helpers import by_name, frobenius, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import DIM, HEADS, KV_HEADS, V_DIM, layer, metadata
+from layers import DIM, HEADS, KV_HEADS, V_DIM, metadata
 from test_loading import build, wrapped, write_model
 from test_prefill import dense_attention, fa3_layer, triton_layer
 
@@ -289,49 +290,65 @@ import os, sys, json, torch, torch.distributed as dist, torch.multiprocessing as
 os.environ['TRITON_INTERPRET'] = '1'
 sys.path.insert(0, {tests!r})
 
-def rank_main(rank, granularity, replicas, out):
+def rank_main(rank, cases, out):
     dist.init_process_group('gloo', init_method='file://' + out + '.init', rank=rank, world_size=2)
     import lmdeploy_kvq as kvq
     kvq.install()
     import test_calibrating as t
     head = torch.tensor([1.0, 8.0])[:, None] if rank == 0 else torch.tensor([64.0, 0.5])[:, None]
     t.without_kernels(t.pytest.MonkeyPatch())
+    scaled = torch.randn
+    for granularity, replicas in cases:
+        case(t, rank, granularity, replicas, f'{{out}}.{{granularity}}.{{replicas}}', head, scaled)
+
+def case(t, rank, granularity, replicas, out, head, scaled):
     layers = t.Layers(t.STATIC[0], 30, granularity)
     layers.calibration.group, layers.calibration.replicas = dist.group.WORLD, replicas
     applied = []
     layers.calibration.apply = lambda module, k, v: applied.append([k.tolist(), v.tolist()])
-    step = layers.calibration.step
     if replicas == 1:
-        scaled = torch.randn
         torch.randn = lambda *a, **kw: scaled(*a, **kw) * (1 if a[1] == t.HEADS else head)
     layers.step([(layers.start(), 20)])
     layers.step([(layers.start(), 20)])
+    torch.randn = scaled
     found = {{name: [f.key.tolist(), f.value.tolist(), f.statistics['k_absmax'].tolist(),
                     list(f.statistics['k_second_moment'].shape)] for name, f in layers.found.items()}}
     json.dump([applied, found, layers.absmax.tolist()], open(f'{{out}}.{{rank}}', 'w'))
 
 if __name__ == '__main__':
-    mp.spawn(rank_main, (sys.argv[1], int(sys.argv[2]), sys.argv[3]), nprocs=2)
+    mp.spawn(rank_main, (json.loads(sys.argv[1]), sys.argv[2]), nprocs=2)
 """
 
 
-@pytest.mark.parametrize(('granularity', 'replicas'), [('tensor', 1), ('head', 1), ('head', 2)])
-def test_ranks_agree(tmp_path, granularity, replicas):
-    """Two real processes with half the heads each: one scale for all, or the scales of all heads, on both."""
-    import pathlib
-    script = tmp_path / 'ranks.py'
-    script.write_text(RANKS.format(tests=str(pathlib.Path(__file__).parent)))
+CASES = [('tensor', 1), ('head', 1), ('head', 2)]
+
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    """What two real processes found, each with half the heads, by granularity and replicas."""
+    folder = tmp_path_factory.mktemp('ranks')
+    script, out = folder / 'ranks.py', str(folder / 'out')
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent)))
     python('import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")', str(script),
-           granularity, str(replicas), str(tmp_path / 'out'))
-    ranks = [json.loads((tmp_path / f'out.{rank}').read_text()) for rank in range(2)]
-    assert ranks[0][:2] == ranks[1][:2]
-    absmax = torch.cat([torch.tensor(rank[2]) for rank in ranks[::replicas]], -1)[:, :, :2 * KV_HEADS // replicas]
-    for n, (key, value, k_absmax, shape) in enumerate(ranks[0][1].values()):
-        for found, size, encoding in zip((key, value), absmax[n], (STATIC[0].key, STATIC[0].value)):
+           json.dumps(CASES), out)
+    return {case: [json.loads(Path(f'{out}.{case[0]}.{case[1]}.{rank}').read_text()) for rank in range(2)]
+            for case in CASES}
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_ranks_agree(ranks, case):
+    """One scale for all, or the scales of all heads, the same on both; replicated heads are counted once."""
+    (granularity, replicas), found = case, ranks[case]
+    assert found[0][:2] == found[1][:2]
+    heads = 2 * KV_HEADS // replicas
+    absmax = torch.cat([torch.tensor(rank[2]) for rank in found[::replicas]], -1)
+    assert absmax.size(-1) == heads
+    for n, (key, value, k_absmax, shape) in enumerate(found[0][1].values()):
+        for scale, size, encoding in zip((key, value), absmax[n], (STATIC[0].key, STATIC[0].value)):
             expected = size / encoding.codec.qmax
-            torch.testing.assert_close(torch.tensor(found), expected.max() if granularity == 'tensor' else expected)
+            torch.testing.assert_close(torch.tensor(scale), expected.max() if granularity == 'tensor' else expected)
         torch.testing.assert_close(torch.tensor(k_absmax), absmax[n, 0])
-        assert shape == [2 * KV_HEADS // replicas, DIM, DIM] and ranks[0][0][n] == [key, value]
+        assert shape == [heads, DIM, DIM] and found[0][0][n] == [key, value]
 
 
 # ---- the engine's own steps
@@ -443,7 +460,8 @@ def test_an_engine_finds_its_scales(tmp_path, monkeypatch, pretended, caplog, gr
         for x, scale, buffer, encoding in zip((cached.keys, cached.values), found, (module.k_scale, module.v_scale),
                                               (fmt.key, fmt.value)):
             size = x[0, :, :5].abs().amax((1, 2)) / encoding.codec.qmax
-            torch.testing.assert_close(scale, size if granularity == 'head' else size.max(), rtol=5e-3, atol=0)
+            torch.testing.assert_close(scale, size if granularity == 'head' else size.max(), rtol=2e-2,
+                                       atol=0)  # fp16 weights; the fifth token saw fp8 in the layer before
             assert torch.equal(buffer, scale)
     assert caplog.text.count('calibrated') >= 2 and 'wrote' in caplog.text
 
@@ -487,7 +505,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_server(tmp_path, monkeyp
     monkeypatch.delenv(SCALES)
     found.popitem()
     freezing._take(model, STATIC[0], found, str(tmp_path), 'tensor', quiet=False)
-    assert 'is not written' not in caplog.text and (tmp_path / 'kv_scales.safetensors').exists()
+    assert '1 layers attended to nothing' in caplog.text and not (tmp_path / 'kv_scales.safetensors').exists()
 
 
 # ---- what is asked for
@@ -539,10 +557,11 @@ def test_what_it_does_not_work_with_is_refused_before_loading(tmp_path, monkeypa
     for policy in (0, 8, *(fmt.policy for fmt in kvq.FORMATS if fmt.per_token_head)):
         refuse(*configurations(tmp_path, policy), 'asks to calibrate while serving.*serve one of fp8')
     executor._finalize_sparse_mla_cache_policy([(pair := configurations(tmp_path))[0]], pair[1])
-    dp = DistConfig(dp=2)
-    cases = [({'dist_config': dp}, 'data parallelism'), ({'role': EngineRole.Prefill}, 'disaggregated'),
+    dp = DistConfig(dp=2, tp=2)
+    cases = [({'dist_config': dp}, 'data parallelism'), ({'role': EngineRole.Prefill}, 'disaggregated serving'),
              ({'model_paradigm': 'ar_spec'}, 'speculative decoding'),
-             ({'enable_prefix_caching': True, 'states_shapes': [((1, ), torch.float16)]}, 'recurrent states')]
+             ({'enable_prefix_caching': True, 'states_shapes': [((1, ), torch.float16)]},
+              'prefix caching of models with recurrent states')]
     for changes, match in cases:
         refuse(*configurations(tmp_path, **changes), f'does not work with {match}.*lmdeploy-kvq calibrate MODEL -o')
     monkeypatch.setenv(SCALES, str(tmp_path / 'nowhere' / 'x.safetensors'))
@@ -570,7 +589,7 @@ def test_the_stock_command_takes_it(monkeypatch, capsys):
     assert os.environ[CALIBRATE] == '4096,head' and not hasattr(seen[0], 'kv_calibrate')
     assert 'unquantized' in parser.format_help()
     for policy in ('int8', 'fp8_per_token_head', '0'):
-        with pytest.raises(SystemExit, match='--kv-calibrate .* asks to calibrate while serving'):
+        with pytest.raises(SystemExit, match=r'--kv-calibrate .* asks to calibrate while serving'):
             run_with_backend(seen.append, parser.parse_args(['--quant-policy', policy, '--kv-calibrate', '9']))
     with pytest.raises(SystemExit):
         parser.parse_args(['--kv-calibrate', '0'])

@@ -59,15 +59,17 @@ def _take(model: torch.nn.Module, fmt: KVFormat, found: dict[str, Found], model_
     if quiet:
         return
     report(fmt, [(name, *shown(store.layers.get(name, LayerScales()), name)) for name in attention_layers(model)], None)
+    if missing:
+        logger.error(f'lmdeploy_kvq: {path} is not written: {len(missing)} layers attended to nothing, the first is '
+                     f'{missing[0]}, and use 1.0. Run lmdeploy-kvq calibrate MODEL -o {path}, and start again')
+        return
     try:
-        if missing:
-            raise ScaleError(f'{missing[0]} and {len(missing) - 1} more layers attended to nothing')
         metadata = provenance(model_path, fmt, METHOD, granularity, min(layer.tokens for layer in found.values()),
                               data='served', engine='lmdeploy', partial='false')
         write_file(path, {layer_index(name): (layer.key, layer.value) for name, layer in found.items()}, metadata,
                    {layer_index(name): layer.statistics for name, layer in found.items()})
     except (ScaleError, SafetensorError, OSError) as error:  # the engine serves, and what it serves is right
-        logger.error(f'lmdeploy_kvq: {path} is not written: {error}. Serving goes on, but the next start has no scales: '
-                     'name a file that can be written with --kv-scales PATH')
+        logger.error(f'lmdeploy_kvq: {path} is not written: {error}. Serving goes on, but the next start has no '
+                     'scales: name a file that can be written with --kv-scales PATH')
     else:
         logger.info(f'lmdeploy_kvq: wrote {path}; the next start uses it')
