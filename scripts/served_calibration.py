@@ -67,7 +67,8 @@ def main() -> int:
                     'pending': (folder, FMT.policy, {'LMDEPLOY_KVQ_CALIBRATE': '100000'}),
                     'served': (folder, FMT.policy, {'LMDEPLOY_KVQ_CALIBRATE': str(args.tokens),
                                                     'LMDEPLOY_KVQ_SCALES': str(file)})}
-            started = {name: pool.submit(run, name, where, policy, **env) for name, (where, policy, env) in jobs.items()}
+            started = {name: pool.submit(run, name, where, policy, **env)
+                       for name, (where, policy, env) in jobs.items()}
             found = {name: job.result() for name, job in started.items()}
         found['restarted'] = run('restarted', folder, FMT.policy, LMDEPLOY_KVQ_CALIBRATE=str(args.tokens),
                                  LMDEPLOY_KVQ_SCALES=str(file))

@@ -29,7 +29,7 @@ ATTRIBUTE = 'lmdeploy_kvq_pending'
 """What we add to an attention implementation: its :class:`PendingLayer`. And to a step's metadata: its plan."""
 
 METHOD = METHODS[0]
-"""How scales follow from what was seen: the largest value, which serving cannot regret."""
+"""How scales follow from what was seen: the largest value; fp8 loses nothing to a scale that is too large."""
 
 T = TypeVar('T')
 

@@ -112,7 +112,7 @@ def quant_policy_argument(original: Callable[..., argparse.Action], parser: Any,
                         'model, else the checkpoint\'s scales, else 1.0); "strict" refuses layers without a scale.')
     parser.add_argument('--kv-calibrate', metavar='N[,head]', type=_calibrate, default=None,
                         help='lmdeploy_kvq: where there is no scale file yet, serve the first N tokens unquantized, '
-                        'find the scales of fp8 or fp8_e5m2 on them, and write that file; "head": one scale per KV head.')
+                        'find the scales of fp8 or fp8_e5m2 on them and write that file; "head": one per KV head.')
     ours = '; '.join(f'{fmt.name} ({fmt.policy}): {fmt.summary}' for fmt in FORMATS)
     action.help = f'{action.help} lmdeploy_kvq, PyTorch engine: {ours}.'.replace('%', '%%')
     return action
