@@ -12,7 +12,6 @@ from __future__ import annotations
 # torch and LMDeploy are imported late: --help is fast.
 import argparse
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -202,11 +201,9 @@ def write(out: Path, settings: Settings, folder: str, statistics: ModelStatistic
     Raises:
         UserError: scales that no cache can use: the model computes NaN; or a disk that is full.
     """
-    from .scales import ScaleError, fingerprint, write_file
+    from .scales import ScaleError, provenance, write_file
     fmt = get_format(settings.format)
-    metadata = {'format': fmt.name, 'method': settings.method, 'granularity': settings.granularity,
-                'model': Path(folder).name, 'fingerprint': fingerprint(folder), 'tokens': str(statistics.tokens),
-                'date': time.strftime('%Y-%m-%d', time.gmtime()), **about}
+    metadata = provenance(folder, fmt, settings.method, settings.granularity, statistics.tokens, **about)
     if settings.method == 'percentile':
         metadata['percentile'] = str(settings.percentile)
     scales = statistics.scales(fmt, settings.method, settings.granularity, settings.percentile)

@@ -167,7 +167,7 @@ class QuantizedCache(Cache):
     def __init__(self, fmt: str | int | KVFormat, k_scale: float | torch.Tensor = 1.0,
                  v_scale: float | torch.Tensor = 1.0, scales: str | Path | None = None):
         self.format = get_format(fmt)
-        self._all = tuple(torch.as_tensor(scale, dtype=torch.float32) for scale in (k_scale, v_scale))
+        self._all = [torch.as_tensor(scale, dtype=torch.float32) for scale in (k_scale, v_scale)]
         self._file = None if scales is None else read_file(scales)
         super().__init__(layer_class_to_replicate=self._next_layer)
 
@@ -175,7 +175,7 @@ class QuantizedCache(Cache):
         """A further layer: transformers asks for them in their order."""
         index = len(self.layers)
         if self._file is None:
-            return QuantizedLayer(self.format, *self._all)
+            return QuantizedLayer(self.format, self._all[0], self._all[1])
         if index not in self._file.layers:
             raise ScaleError(f'scale file {self._file.path} has no scales for layer {index}')
         k, v, _ = self._file.layers[index].resolved(f'scale file {self._file.path}: layer {index}')

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,7 +76,8 @@ class LayerScales:
     Attributes:
         k, v: scale of K and of V; kv: one for both; None where nothing was found. A file's may be one per KV head.
         zero_point: name of a zero point that is not zero; None: there is none.
-        source: where they come from: ``file``, ``checkpoint`` or ``calibrated`` (a file that calibration wrote).
+        source: where they come from: ``file``, ``checkpoint``, ``calibrated`` (a file that calibration wrote, or found
+            while serving), or ``pending`` (to be found while serving).
     """
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
@@ -237,6 +239,21 @@ def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.
     unfinished = path.with_name(path.name + '.part')
     save_file(tensors, str(unfinished), metadata=dict(metadata))
     unfinished.replace(path)
+
+
+def provenance(folder: str | Path, fmt: KVFormat, method: str, granularity: str, tokens: int,
+               **about: str) -> dict[str, str]:
+    """Metadata of a scale file that calibration writes.
+
+    Args:
+        folder: the model.
+        fmt, method, granularity: what the scales are for and how they were chosen.
+        tokens: seen.
+        about: data, engine, partial, and what else there is to say.
+    """
+    return {'format': fmt.name, 'method': method, 'granularity': granularity, 'model': Path(folder).name,
+            'fingerprint': fingerprint(folder), 'tokens': str(tokens),
+            'date': time.strftime('%Y-%m-%d', time.gmtime()), **about}
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -74,8 +74,11 @@ class Transform:
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """fp32 [..., heads, dim]: rows, rounded to fp16 as multiples of a power of two near their largest element, times
-    matrix [heads or 1, dim, dim]. bf16 rows are rounded only where they are 2^-14 of the largest or less."""
+    """fp32 rows [..., heads, dim] times matrix [heads or 1, dim, dim].
+
+    Rows are rounded to fp16 as multiples of a power of two near their largest element, which changes bf16 rows only
+    where they are 2^-14 of the largest or less.
+    """
     rows = rows.float()
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=2.0**-126)
     power = torch.exp2(torch.frexp(largest)[1] - 1.0)

@@ -122,6 +122,14 @@ def test_calibrated_scales_serve_keys_beyond_the_range(tmp_path):
     assert rows['rescaled', '1.0'] > 10 * rows['original', '1.0'], 'scale 1.0 must show the difference'
 
 
+@pytest.mark.xdist_group('served')
+def test_calibration_while_serving(tmp_path):
+    """Through the stock pipeline: exact, then scales in place, a file, and the same after a restart."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'served_calibration.py', '--model', MODEL, '--out', tmp_path],
+                          text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
 @pytest.mark.xdist_group('metrics')
 def test_the_metrics_endpoint_shows_saturation():
     """Behind the stock server: keys beyond the range are seen with scale 1.0, and not once calibrated."""

@@ -42,13 +42,6 @@ def prefetch_tile(table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb, P
 
 
 @triton.jit
-def _softcap(score, SOFTCAP: tl.constexpr):
-    """SOFTCAP * tanh(score / SOFTCAP), scores in units of log2."""
-    scale: tl.constexpr = 2.0 / SOFTCAP
-    return (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(score * scale) + 1.0))
-
-
-@triton.jit
 def load_queries(q_ptrs, row_mask, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr):
     """Rows at ``q_ptrs`` [rows], as parts [BLOCK_P, rows]."""
     byte = tl.arange(0, BLOCK_P)

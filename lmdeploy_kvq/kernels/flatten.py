@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @triton.jit
 def _store_rows(values, first, width, out_ptrs, new_ptrs, cached, fresh, D: tl.constexpr, BLOCK: tl.constexpr):
     """Write elements first .. first + width of rows [rows, BLOCK]: ``values`` where ``cached``, copies of the new rows
-    where ``fresh``."""
+    where ``fresh``.
+    """
     dim = tl.arange(0, BLOCK)
     mask = ((dim < width) & (first + dim < D))[None, :]
     values = tl.where(cached[:, None], values, 0.0).to(out_ptrs.dtype.element_ty)
