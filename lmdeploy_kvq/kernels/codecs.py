@@ -3,9 +3,9 @@
 Every function takes ``CAP``, the compute capability as an integer (90 for sm_90; 0 for portable Triton, e.g. the
 interpreter), and picks the cheapest exact instructions.
 
-``decode_*`` takes bytes and returns a tuple of fp16 tensors of their shape, one for each code in a byte, the lowest bits
-first. What it returns is the stored value plus the codec's offset, divided by a power of two (:func:`decode_gain`): GPUs
-without fp8 conversion decode with shifts alone. Part i of an integer code is 2^(bits x i) times larger, for it stays
+``decode_*`` takes bytes and returns a tuple of fp16 tensors of their shape, one for each code in a byte, the lowest
+bits first. What it returns is the stored value plus the codec's offset, divided by a power of two
+(:func:`decode_gain`): GPUs without fp8 conversion decode with shifts alone. Part i of an integer code is 2^(bits x i) times larger, for it stays
 where it stands in its byte: an fp16 whose bits are just an integer n is n x 2^-24, exactly (a subnormal number, which
 tensor cores multiply as fast as any other), so that neither conversion nor shift is needed. With CENTERED, 2^(bits - 1)
 is subtracted from integers, which leaves an offset of 0 or -1/2: sums over many tokens would drown in an offset.
@@ -258,7 +258,9 @@ def decoding(fmt: KVFormat, cap: int) -> dict[str, Any]:
     constants: dict[str, Any] = {}
     for encoding, suffix in ((fmt.key, ''), (fmt.value, 'V')):
         codec = encoding.codec
-        for name, value in (('DECODE', device_codec(codec).decode), ('BITS', codec.bits), ('OFFSET', codec.offset - (2**(codec.bits - 1) if codec.offset and suffix else 0)),
+        center = 2**(codec.bits - 1) if codec.offset and suffix else 0
+        for name, value in (('DECODE', device_codec(codec).decode), ('BITS', codec.bits),
+                            ('OFFSET', codec.offset - center),
                             ('GAIN', decode_gain(codec, cap)), ('PER_TOKEN', encoding.per_token_head)):
             constants[name + suffix] = value
     return constants

@@ -1,7 +1,7 @@
 """Combining the partial results of a sequence that several decode programs share, without another launch.
 
-Whoever finishes last of up to FAN programs combines what they left, and goes on to the next level of a tree whose leaves
-are the programs. Nobody waits for anybody. A counter per node says who is last.
+Whoever finishes last of up to FAN programs combines what they left, and goes on to the next level of a tree whose
+leaves are the programs. Nobody waits for anybody. A counter per node says who is last.
 """
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Paged decode attention over a quantized cache: split-K with fp16 tensor-core operands, in one launch.
 
-Query rows are divided by a power of two near their largest element before they become fp16, so that any bf16 query fits.
+Query rows are divided by a power of two near their largest element before they become fp16, so that any bf16 query
+fits.
 """
 from __future__ import annotations
 
@@ -280,7 +281,8 @@ class Workspace:
 def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
            *, query_len: int, sm_scale: float, window: int | None = None, softcap: float | None = None,
            sinks: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None,
-           workspace: Workspace | None = None, filled: bool = False, config: DecodeConfig | None = None) -> torch.Tensor:
+           workspace: Workspace | None = None, filled: bool = False,
+           config: DecodeConfig | None = None) -> torch.Tensor:
     """Launch paged attention; arguments as in :func:`lmdeploy_kvq.paged_attention`, ``out`` [tokens, heads, v_dim].
 
     Reads lengths on the device only, so a launch can be captured in a CUDA graph.
@@ -308,7 +310,8 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         alibi_slopes, kv_lens, block_table, batch, workspace.target, sm_scale, *query.stride()[:2], *out.stride()[:2],
         block_table.stride(0), v_transform.stride_h if v_transform else 0, *cache.strides(), **cache.sizes(),
         GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
-        BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap), FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
+        BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap),
+        FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
         ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16),
         AT_ONCE=workspace.at_once(cache), CAP=cap, num_warps=config.num_warps,

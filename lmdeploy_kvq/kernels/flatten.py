@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _store_rows(values, first, width, out_ptrs, new_ptrs, cached, fresh, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Write elements first .. first + width of rows [rows, BLOCK]: ``values`` where ``cached``, copies of the new rows
-    where ``fresh``.
+    """Write elements first .. first + width of rows [rows, BLOCK].
+
+    They are ``values`` where ``cached``, and copies of the new rows where ``fresh``.
     """
     dim = tl.arange(0, BLOCK)
     mask = ((dim < width) & (first + dim < D))[None, :]

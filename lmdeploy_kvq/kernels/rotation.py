@@ -18,12 +18,14 @@ def power_below(largest):
 @triton.jit
 def rotate_columns(x_ptr, offset, valid, matrix_ptr, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr,
                    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr):
-    """``matrix @ column`` for rows [D] at ``x_ptr + offset``, clamped to LIMIT: parts fp32 [BLOCK_P, columns], zero
-    beyond PART and D.
+    """Rows [D] at ``x_ptr + offset``, clamped to LIMIT, as columns that a matrix is multiplied with.
 
     Args:
         offset, valid: [columns].
         matrix_ptr: fp16 [D, D], contiguous.
+
+    Returns:
+        The product's parts, fp32 [BLOCK_P, columns] each, zero beyond PART and D.
     """
     byte = tl.arange(0, BLOCK_P)
     dim = tl.arange(0, BLOCK_D)
