@@ -22,6 +22,27 @@ def by_name(value: object) -> str | None:
     return value.name if isinstance(value, KVFormat) else None
 
 
+def covering() -> list[KVFormat]:
+    """Formats that between them have every kind of encoding, which differ in what kernels do; all formats on a GPU.
+
+    For tests of features, of which there are many: Triton's interpreter is slow. The first test of each kernel takes
+    every format everywhere.
+    """
+    if not interpreted():
+        return list(kvq.FORMATS)
+
+    def kinds(fmt: KVFormat) -> set[tuple]:
+        return {(which, e.codec.bits, e.codec.offset > 0, e.per_token_head, e.rotation is not None, e.statistic, e.rule)
+                for which, e in (('key', fmt.key), ('value', fmt.value))}
+
+    chosen: list[KVFormat] = []
+    missing = set().union(*map(kinds, kvq.FORMATS))
+    while missing:
+        chosen.append(max(kvq.FORMATS, key=lambda fmt: len(kinds(fmt) & missing)))
+        missing -= kinds(chosen[-1])
+    return chosen
+
+
 @dataclass
 class Problem:
     """A batch of sequences in a paged cache, and the dense rows that were written.

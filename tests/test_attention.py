@@ -1,7 +1,7 @@
 """LMDeploy's attention layer on our pages: its own implementation object and metadata, our kernels behind them."""
 import pytest
 import torch
-from helpers import by_name, finite, frobenius, problem
+from helpers import by_name, covering, finite, frobenius, problem
 from layers import DIM, HEADS, KV_HEADS, V_DIM, engine_problem, layer, metadata, scales
 from lmdeploy.messages import QuantPolicy
 
@@ -9,7 +9,7 @@ import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.backends import attention
 
-FORMATS = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,14 @@ import functools
 
 import pytest
 import torch
-from helpers import by_name, finite, frobenius, problem, python
+from helpers import by_name, covering, finite, frobenius, problem, python
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.kernels.decode import DecodeConfig, decode
 
-FORMATS = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
 WITH_STATIC = [fmt for fmt in kvq.FORMATS if not (fmt.key.per_token_head and fmt.value.per_token_head)]
 BOUND = 1e-3
 LENS = [40, 0, 17, 1, 33]
@@ -55,7 +56,7 @@ def slopes(heads: int, device: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize('query_len', [1, 3, 16])
-@FORMATS
+@EVERY
 def test_query_lengths(fmt, query_len, device):
     """Causal among the new tokens; sequences shorter than the query, empty ones, and poison everywhere else."""
     check(problem(fmt, LENS, device=device), query_len)

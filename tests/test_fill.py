@@ -3,14 +3,15 @@ import math
 
 import pytest
 import torch
-from helpers import by_name, finite, problem, steps_apart
+from helpers import by_name, covering, finite, problem, steps_apart
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.formats import part_dim
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
 
-FORMATS = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
 WITH_STATIC = [fmt for fmt in kvq.FORMATS if not (fmt.key.per_token_head and fmt.value.per_token_head)]
 
 
@@ -68,7 +69,7 @@ def assert_same_tokens(p, expected, rare: float = 2e-2):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
-@FORMATS
+@EVERY
 def test_codes_and_scales_equal_the_references(fmt, dtype, device):
     shape = {'head_dim': 128, 'dtype': dtype, 'block_size': 64}
     p, expected = written(problem(fmt, [199, 1, 100], device=device, fill=False, **shape), **shape)

@@ -1,13 +1,14 @@
 """Decoding pages into dense rows: bit-exact, and beside new tokens that are not decoded at all."""
 import pytest
 import torch
-from helpers import by_name, finite, frobenius, problem, stored
+from helpers import by_name, covering, finite, frobenius, problem, stored
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.kernels.flatten import NewTokens, flatten
 
-FORMATS = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -16,7 +17,7 @@ def expected_rows(p, dtype):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@FORMATS
+@EVERY
 def test_bit_exact(fmt, dtype, device):
     p = problem(fmt, [20, 0, 1, 77, 0], device=device, v_head_dim=128)
     rows = kvq.flatten(p.cache, p.block_table, p.kv_lens, dtype)

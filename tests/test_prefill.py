@@ -6,7 +6,7 @@ import functools
 import fa3
 import pytest
 import torch
-from helpers import by_name, finite, frobenius, problem
+from helpers import by_name, covering, finite, frobenius, problem
 from layers import DIM, HEADS, KV_HEADS, V_DIM, engine_problem, layer, metadata, new_rows, scales
 from lmdeploy.pytorch.backends.cuda.attention.default import TritonAttentionImpl
 
@@ -15,7 +15,7 @@ from lmdeploy_kvq import reference
 from lmdeploy_kvq.backends import prefill
 
 FIRST = kvq.FORMATS[0]
-FORMATS = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
 ROW_BYTES = KV_HEADS * (DIM + V_DIM) * 4
 """One decoded token of these tests' layers, in fp32."""
 
