@@ -22,6 +22,10 @@ LADDER = ('1x128', '1x512', '1x2048', '1x8192', '1x32768', '8x128', '8x512', '8x
           '32x2048', '64x128', '64x512', '64x2048', '256x128', '256x512')
 RAGGED = tuple(f'ragged:{batch}' for batch in (1, 4, 16, 64, 256))
 QUERY_LENS = (1, 2, 4, 8)
+FORMAT_LOADS = ('1x131072', '8x512', '1x512', 'ragged:64')
+FORMAT_LIMITS = {'int8_per_token_head': 0.60, 'k8v4_per_token_head': 0.60, 'int4_per_token_head': 0.50,
+                 'k4v2_per_token_head': 0.50, 'int2_per_token_head': 0.45}
+"""Time against LMDeploy's bf16 kernel that rotated formats may take, 32x8x128 at 64x4096, page 128."""
 VERDICT = ('point', 'target', 'met', 'rows', 'missed', 'worst', 'limit', 'worst_row')  # columns
 
 
@@ -50,7 +54,7 @@ PRESETS = {
     'cliff': Preset(('32x8x128', '16x2x128'), (*LADDER, *RAGGED)),
     'flat': Preset(('32x8x128', ), (*ONE, *CONSTANT)),
     'query-len': Preset(('32x8x128', '28x4x128'), (SPEED_LOAD, ), (64, ), QUERY_LENS),
-    'formats': Preset((MAIN[0], ), (SPEED_LOAD, ), contenders=EVERY),
+    'formats': Preset((MAIN[0], ), (SPEED_LOAD, *FORMAT_LOADS), (64, 128), contenders=EVERY),
 }
 
 Bound = tuple[float, float, dict]  # value, limit, row
@@ -93,6 +97,21 @@ def _large_payload(rows: Sequence[dict]) -> Iterator[Bound]:
             if row['query_len'] == 1 and row['vs_bf16'] and row['payload_bytes'] > CLIFF_BYTES)
 
 
+def _formats(rows: Sequence[dict]) -> Iterator[Bound]:
+    return ((row['vs_bf16'], FORMAT_LIMITS[row['format']], row) for row in rows if row['format'] in FORMAT_LIMITS
+            and (row['load'], row['shape'], row['page'], row['query_len']) == (SPEED_LOAD, MAIN[0], 128, 1)
+            and row['vs_bf16'])
+
+
+def _pages(rows: Sequence[dict]) -> Iterator[Bound]:
+    rows = [row for row in rows if row['format'] in FORMAT_LIMITS
+            and (row['load'], row['shape'], row['query_len']) == (SPEED_LOAD, MAIN[0], 1)]
+    for _, group in _groups(rows, ('format', )):
+        times = {row['page']: row['us'] for row in group}
+        if len(times) == 2:
+            yield times[64] / times[128], 1.10, group[0]
+
+
 def _flat(loads: Sequence[str]) -> Callable[[Sequence[dict]], Iterator[Bound]]:
     def bounds(rows: Sequence[dict]) -> Iterator[Bound]:
         rows = [row for row in rows if row['load'] in loads and row['query_len'] == 1]
@@ -127,6 +146,8 @@ TARGETS: dict[str, tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterab
         (2, 'cost per token, one sequence', False, _flat(ONE)),
         (2, 'cost per token, 1M tokens', False, _flat(CONSTANT)),
         (3, 'query length 4 against 1', False, _query_len),
+        (5, 'rotated formats against bf16', False, _formats),
+        (5, 'rotated formats, page 64 against 128', False, _pages),
     ),
     'fill': (
         (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load={'decode:64', 'decode:256'})),
@@ -157,14 +178,15 @@ def verdicts(benchmark: str, rows: Sequence[dict]) -> list[dict]:
     """One line per target: whether every row meets it, how many do not, and the row that is furthest off.
 
     Args:
-        benchmark: whose rows they are, a key of :data:`TARGETS`. Of the rows, :data:`POLICIES` are held to the targets.
+        benchmark: whose rows they are, a key of :data:`TARGETS`. Of the rows, :data:`POLICIES` are held to the targets,
+            and rotated formats to theirs.
     """
-    ours = [{**row, 'format': find_format(row['policy']).name} for row in rows if row['contender'] == 'kvq']
-    ours = [row for row in ours if row['format'] in POLICIES]
+    every = [{**row, 'format': find_format(row['policy']).name} for row in rows if row['contender'] == 'kvq']
+    ours = [row for row in every if row['format'] in POLICIES]
     lines = []
     for point, name, at_least, find in TARGETS[benchmark]:
         sign = -1 if at_least else 1
-        bounds = list(find(ours))
+        bounds = list(find(every if find in (_formats, _pages) else ours))
         if not bounds:
             lines.append({'point': point, 'target': name, 'met': 'not measured'})
             continue
