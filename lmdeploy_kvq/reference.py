@@ -90,7 +90,11 @@ def decode(codes: torch.Tensor, encoding: Encoding, scale: torch.Tensor,
            transform: Transform | None = None) -> torch.Tensor:
     """Inverse of :func:`encode`: fp32 values of codes [..., heads, head_dim] with scale [..., heads], [heads] or []."""
     values = decode_codes(codes, encoding.codec) * scale[..., None]
-    return transform.restore(values) if encoding.rotation is not None and transform is not None else values
+    if encoding.rotation is None:
+        return values
+    if transform is None:
+        raise ValueError('an encoding with a rotation needs its transform')
+    return transform.restore(values)
 
 
 def pack(codes: torch.Tensor, codec: Codec) -> torch.Tensor:
