@@ -106,6 +106,16 @@ class KVFormat:
         """True if any of K and V carries per-(token, head) scales, i.e. the page holds scale tensors."""
         return self.key.per_token_head or self.value.per_token_head
 
+    @property
+    def needs_scales(self) -> bool:
+        """True if K or V is stored with a static scale, which has to come from somewhere."""
+        return not (self.key.per_token_head and self.value.per_token_head)
+
+    @property
+    def takes_transform(self) -> bool:
+        """True if a scale file may bring a calibrated transform of K."""
+        return self.key.rotation == 'calibrated'
+
     def check_head_dims(self, head_dim: int, v_head_dim: int | None = None) -> None:
         """Raise ValueError unless pages of these head sizes can be stored."""
         for what, dim in (('head_dim', head_dim), ('v_head_dim', head_dim if v_head_dim is None else v_head_dim)):
