@@ -1,10 +1,12 @@
-"""Find the static scales of a model's KV cache by running it on text, and write them into a scale file.
+"""Find the static scales of a model's KV cache, or transforms of its keys, by running it on text.
 
 Prompts and the tokens generated after them are counted. On a GPU LMDeploy's engine runs the model with a bf16 cache,
-elsewhere transformers does. Ctrl-C writes what has been seen so far. The file also keeps second moments of Q and K.
+elsewhere transformers does. They are written into a scale file, with second moments of Q and K. Ctrl-C writes what has
+been seen so far.
 
 examples:
   lmdeploy-kvq calibrate MODEL -o MODEL/kv_scales.safetensors      found there by itself
+  lmdeploy-kvq calibrate MODEL --format int4_per_token_head        transforms of keys instead of scales
   cat texts/*.txt | lmdeploy-kvq calibrate MODEL --data -
 """
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -24,11 +26,16 @@ from .environment import reason
 from .formats import FORMATS, KVFormat, get_format
 
 if TYPE_CHECKING:
+    import torch
+
     from .kvstats import ModelStatistics
 
 FILE = 'kv_scales.safetensors'  # scales.FILE_NAME, without importing torch
-STATIC = tuple(fmt for fmt in FORMATS if not (fmt.key.per_token_head or fmt.value.per_token_head))
+STATIC = tuple(fmt for fmt in FORMATS if fmt.needs_scales)
 """The formats that need scales."""
+
+CALIBRATED = tuple(fmt for fmt in FORMATS if fmt.needs_scales or fmt.takes_transform)
+"""The formats that a scale file can do something for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', metavar='MODEL', help='folder, or name on the Hugging Face hub')
     parser.add_argument('--data', metavar='FILE|-', help='text to run, "-": standard input (default: built-in texts)')
     parser.add_argument('-o', '--out', type=Path, default=Path(FILE), metavar='FILE', help='default: %(default)s')
-    parser.add_argument('--format', default=STATIC[0].name, choices=[fmt.name for fmt in STATIC],
-                        help='format the scales are for (default: %(default)s)')
+    parser.add_argument('--format', default=STATIC[0].name, choices=[fmt.name for fmt in CALIBRATED],
+                        help='format the file is for (default: %(default)s)')
+    parser.add_argument('--transform', choices=('none', 'balanced', 'diagonal'),
+                        help='matrices for the keys of int4 and narrower formats: the best ones, or one factor per '
+                        'element (default: balanced where the format takes them, else none)')
     parser.add_argument('--granularity', default='tensor', choices=('tensor', 'head'),
                         help='one scale per layer, or one per KV head (default: %(default)s)')
     parser.add_argument('--method', default='absmax', choices=('absmax', 'percentile', 'mse'),
@@ -197,24 +207,42 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def write(args: argparse.Namespace, folder: str, statistics: ModelStatistics, about: dict[str, str]) -> None:
-    """Choose the scales, write the file, and say so.
+    """Choose scales and transforms, write the file, and say so.
 
     Raises:
-        UserError: scales that no cache can use: the model computes NaN.
+        UserError: scales or matrices that no cache can use: the model computes NaN.
     """
     from .scales import ScaleError, fingerprint, write_file
+    from .transforms import TransformError, digest_of
     fmt: KVFormat = get_format(args.format)
-    metadata = {'format': fmt.name, 'method': args.method, 'granularity': args.granularity,
+    kind = args.transform or ('balanced' if fmt.takes_transform else 'none')
+    if kind == 'none' and not fmt.needs_scales:
+        raise UserError(f'{fmt.name} needs no scales, and --transform none leaves nothing to write')
+    how_scaled = {'method': args.method, 'granularity': args.granularity} if fmt.needs_scales else {}
+    metadata = {'format': fmt.name, **how_scaled,
                 'model': Path(folder).name, 'fingerprint': fingerprint(folder), 'tokens': str(statistics.tokens),
                 'date': time.strftime('%Y-%m-%d', time.gmtime()), **about}
-    if args.method == 'percentile':
+    if fmt.needs_scales and args.method == 'percentile':
         metadata['percentile'] = str(args.percentile)
-    scales = statistics.scales(fmt, args.method, args.granularity, args.percentile)
+    kept = {n: layer.tensors() for n, layer in statistics.layers.items()}
+    scales = statistics.scales(fmt, args.method, args.granularity, args.percentile) if fmt.needs_scales else {}
     try:
-        write_file(args.out, scales, metadata, {n: layer.tensors() for n, layer in statistics.layers.items()})
-    except (ScaleError, OSError) as error:
+        if kind != 'none':
+            transforms = statistics.transforms(kind)
+            metadata |= {'transform': kind, 'transform_digest': digest_of(transforms)}
+            for layer, matrix in transforms.items():
+                kept[layer]['k_transform'] = matrix
+        write_file(args.out, scales, metadata, kept)
+    except (ScaleError, TransformError, OSError) as error:
         raise UserError(f'{args.out} is not written: {error}') from error
-    k, v = (max(float(pair[i].max()) for pair in scales.values()) for i in (0, 1))
     how = 'interrupted: ' if about['partial'] == 'true' else ''
-    print(f'{args.out}: {how}{fmt.name} scales of {len(scales)} layers from {statistics.tokens} tokens; the largest are'
-          f' {k:.4g} for K and {v:.4g} for V.\nUse it with --kv-scales {args.out}, or as {FILE} beside the model.')
+    what = ' and '.join([f'{fmt.name} scales'] * bool(scales) + [f'{kind} transforms'] * (kind != 'none'))
+    print(f'{args.out}: {how}{what} of {len(kept)} layers from {statistics.tokens} tokens{_largest(scales)}.\n'
+          f'Use it with --kv-scales {args.out}, or as {FILE} beside the model.')
+
+
+def _largest(scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> str:
+    if not scales:
+        return ''
+    k, v = (max(float(pair[i].max()) for pair in scales.values()) for i in (0, 1))
+    return f'; the largest are {k:.4g} for K and {v:.4g} for V'

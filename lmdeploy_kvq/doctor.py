@@ -21,13 +21,14 @@ from importlib import metadata
 from typing import Any
 
 from . import _autoload
-from .calibrate import STATIC, attach, model_folder
+from .calibrate import CALIBRATED, STATIC, attach, model_folder
 from .capacity import CacheShape, gain
 from .console import UserError, table, wrapped
 from .environment import find_gpus, package_problems, reason, version, versions
 from .formats import FORMATS, get_format
 
-AUDIT = ('layer', 'k_scale', 'v_scale', 'source')
+AUDIT = {True: ('layer', 'k_scale', 'v_scale', 'source'),  # columns, by whether a format needs scales
+         False: ('layer', 'k_transform', 'v_transform', 'source')}
 SCALES = _autoload.SCALES
 HEAD_DIM = 128
 """Head size at which the table of formats is printed, the most common one."""
@@ -68,15 +69,16 @@ def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, An
 
     Args:
         model: folder, or name on the hub.
-        policy: a format with static scales.
+        policy: a format with static scales or calibrated transforms.
         kv_scales: a scale file, ``strict``, or None; None leaves it to ``LMDEPLOY_KVQ_SCALES``.
 
     Returns:
-        ``model``, ``format``, ``scale_file`` (path or None), ``layers`` (layer, k_scale, v_scale, source), and
+        ``model``, ``format``, ``scale_file`` (path or None), ``layers`` (layer, k_scale, v_scale or k_transform,
+        v_transform, and source), and
         ``problems``: what the engine would refuse or warn of.
 
     Raises:
-        UserError: no such model, or a format without static scales.
+        UserError: no such model, or a format that takes nothing from a file.
     """
     if kv_scales is not None:
         os.environ[SCALES] = kv_scales
@@ -84,9 +86,9 @@ def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, An
         fmt = get_format(policy)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if fmt not in STATIC:
-        raise UserError(f'{fmt.name} computes its scales as tokens are written; static scales have '
-                        f'{", ".join(f.name for f in STATIC)}')
+    if fmt not in CALIBRATED:
+        raise UserError(f'{fmt.name} computes its scales as tokens are written; static scales or calibrated transforms '
+                        f'have {", ".join(f.name for f in CALIBRATED)}')
     folder = model_folder(model)
     attach()
     from .backends import audit as backend
@@ -96,16 +98,17 @@ def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, An
         rows = backend.audit(folder, fmt.policy)
     except ValueError as error:
         return {**report, 'problems': [str(error)]}
-    report['layers'] = [dict(zip(AUDIT, row)) for row in rows]
+    report['layers'] = [dict(zip(AUDIT[fmt.needs_scales], row)) for row in rows]
     warning = default_warning(fmt, rows)
     return {**report, 'problems': [warning] if warning else []}
 
 
 def render_audit(report: dict[str, Any]) -> str:
     """The audit as plain text."""
-    lines = [f'Scales of {report["format"]} for {report["model"]}', f'scale file: {report["scale_file"] or "none"}']
+    lines = [f'Scales and transforms of {report["format"]} for {report["model"]}',
+             f'scale file: {report["scale_file"] or "none"}']
     if report['layers']:
-        lines.append(table([tuple(row.values()) for row in report['layers']], AUDIT))
+        lines.append(table([tuple(row.values()) for row in report['layers']], tuple(report['layers'][0])))
     lines += [wrapped(problem, '    ', '  - ') for problem in report['problems']]
     return '\n'.join([*lines, *([] if report['problems'] else ['OK'])])
 
@@ -167,7 +170,7 @@ def _spawned_state() -> dict[str, Any]:
 def format_rows() -> list[dict[str, Any]]:
     """The table of formats: bits per element and bytes per token (1.0: as many as bf16), at head size 128."""
     shape = CacheShape(num_layers=1, kv_heads=8, head_dim=HEAD_DIM)
-    return [{'name': fmt.name, 'policy': fmt.policy, 'aliases': list(fmt.aliases), 'summary': fmt.summary,
+    return [{'name': fmt.name, 'policy': fmt.policy, 'aliases': list(fmt.aliases), 'summary': fmt.label,
              'bits_per_element': fmt.bits_per_element(HEAD_DIM), 'bytes_against_bf16': 1 / gain(fmt, shape)}
             for fmt in FORMATS]
 

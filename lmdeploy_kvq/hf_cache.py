@@ -167,7 +167,7 @@ class QuantizedCache(Cache):
     def __init__(self, fmt: str | int | KVFormat, k_scale: float | torch.Tensor = 1.0,
                  v_scale: float | torch.Tensor = 1.0, scales: str | Path | None = None):
         self.format = get_format(fmt)
-        self._all = tuple(torch.as_tensor(scale, dtype=torch.float32) for scale in (k_scale, v_scale))
+        self._all = (torch.as_tensor(k_scale, dtype=torch.float32), torch.as_tensor(v_scale, dtype=torch.float32))
         self._file = None if scales is None else read_file(scales)
         super().__init__(layer_class_to_replicate=self._next_layer)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .transforms import TransformError, digest_of, from_matrix
+
 MISSING = -1.0
 """The value by which a checkpoint says that a scale was never set."""
 
@@ -279,6 +281,34 @@ def validate(file: ScaleFile, layers: Iterable[int], num_kv_heads: int) -> None:
                                  f'scalar or one value per KV head ([{num_kv_heads}]) is needed')
             check_value(f'scale file {file.path}: layer {layer}', what, scale)
         scales.resolved(f'layer {layer}')
+
+
+def validate_transforms(file: ScaleFile, layers: Iterable[int], num_kv_heads: int, head_dim: int) -> None:
+    """Check a file's transforms of K against a model, before the model is loaded.
+
+    Raises:
+        ScaleError: missing or extra layers, wrong shapes, matrices that cannot be used, or others than were written.
+    """
+    expected = set(layers)
+    for what, wrong in (('has no transform for', expected - file.transforms.keys()),
+                        ('has transforms for unknown', file.transforms.keys() - expected)):
+        if wrong:
+            raise ScaleError(f'scale file {file.path} {what} layer{"s" if len(wrong) > 1 else ""} '
+                             f'{", ".join(map(str, sorted(wrong)))}; the model has {len(expected)} attention layers')
+    shape = (num_kv_heads, head_dim, head_dim)
+    for layer, matrix in sorted(file.transforms.items()):
+        what = f'scale file {file.path}: layer {layer}: k_transform'
+        if tuple(matrix.shape) != shape:
+            raise ScaleError(f'{what} has shape {tuple(matrix.shape)}; the model needs {shape}: KV heads, head_dim, '
+                             'head_dim')
+        try:
+            from_matrix(matrix, what)
+        except TransformError as error:
+            raise ScaleError(str(error)) from error
+    written = file.metadata.get('transform_digest')
+    if written and written != digest_of(file.transforms):
+        raise ScaleError(f'scale file {file.path}: the transforms are not those that calibration wrote (digest '
+                         f'{digest_of(file.transforms)}, written {written})')
 
 
 def shard(scale: torch.Tensor, num_kv_heads: int, rank: int, world_size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +75,11 @@ class Transform:
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """fp32 [..., heads, dim]: rows, rounded to fp16 as multiples of a power of two near their largest element, times
-    matrix [heads or 1, dim, dim]. bf16 rows are rounded only where they are 2^-14 of the largest or less."""
+    """fp32 [..., heads, dim], rows times matrix [heads or 1, dim, dim].
+
+    Rows are rounded to fp16 as multiples of a power of two near their largest element: bf16 rows lose only what is
+    2^-14 of the largest or less.
+    """
     rows = rows.float()
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=2.0**-126)
     power = torch.exp2(torch.frexp(largest)[1] - 1.0)
@@ -167,6 +170,7 @@ def calibrated(kind: str, key_moment: torch.Tensor, query_moment: torch.Tensor, 
     sk, sq = (_ridged(x.double().cpu(), what) for x, what in ((key_moment, 'keys'), (query_moment, 'queries')))
     dim = sk.size(-1)
     mix = hadamard(dim).forward_t[0].mT.double()
+    mix /= mix[0].norm()  # orthonormal
     if kind == 'diagonal':
         scale = (sq.diagonal(dim1=1, dim2=2) / sk.diagonal(dim1=1, dim2=2)) ** 0.25
         return scale[:, :, None] * mix
@@ -195,6 +199,9 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     return vectors * values.clamp(min=1e-300)[..., None, :] ** exponent @ vectors.mT
 
 
-def combined_digest(transforms: Iterable[Transform]) -> str:
-    """Short hash of all layers' matrices, in their order."""
-    return hashlib.sha256(''.join(transform.digest() for transform in transforms).encode()).hexdigest()[:16]
+def digest_of(matrices: Mapping[int, torch.Tensor]) -> str:
+    """Short hash of a model's matrices, by layer: the whole model's, not a rank's."""
+    digest = hashlib.sha256()
+    for layer, matrix in sorted(matrices.items()):
+        digest.update(layer.to_bytes(4, 'little') + matrix.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,9 +1,9 @@
 """KV caches of other systems, emulated in plain PyTorch: what a row of K or V becomes when it is stored and read.
 
 Written from LMDeploy 0.18.0's kernels (``pytorch/kernels/cuda/fill_kv_cache.py``, ``flatten_kv_cache.py`` and
-``turbo_quant.py``) and from the published descriptions of vLLM's formats. LMDeploy keeps scales, zero points and norms in
-the model's dtype, bf16 for most and for the one that is measured: so do the emulations. What int8 would be with fp32
-ones is a row of its own.
+``turbo_quant.py``) and from the published descriptions of vLLM's formats. LMDeploy keeps scales, zero points and norms
+in the model's dtype, bf16 for most and for the one that is measured: so do the emulations. What int8 would be with
+fp32 ones is a row of its own.
 """
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ EMULATIONS = (
     Emulation('LMDeploy', 'turbo_quant', lloyd_max(3, residual_sign=True), lloyd_max(2), (4, 2), (32, 16)),
     Emulation('vLLM', 'int8_per_token_head', symmetric_int8, symmetric_int8, (8, 8), (32, 32)),
     Emulation('vLLM', 'int4_per_token_head', rotated_int4, rotated_int4, (4, 4), (32, 32)),
-    Emulation('Lloyd-Max', 'int2', lloyd_max(2, kept=torch.float32), lloyd_max(2, kept=torch.float32), (2, 2), (32, 32)),
+    Emulation('Lloyd-Max', 'int2', lloyd_max(2, kept=torch.float32), lloyd_max(2, kept=torch.float32), (2, 2),
+              (32, 32)),
 )
 
 

@@ -145,7 +145,8 @@ def test_files_keep_scales_and_statistics(tmp_path, method, granularity):
         assert file.layers[layer].source == 'calibrated'
     tensors = load_file(path)
     assert tensors['model.layers.4.self_attn.k_second_moment'].shape == (HEADS, DIM, DIM)
-    assert sum(t.numel() for t in tensors.values()) <= 2 * (2 * HEADS * DIM * DIM + 4 * HEADS)
+    assert tensors['model.layers.4.self_attn.k_mean'].shape == (HEADS, DIM)
+    assert sum(t.numel() for t in tensors.values()) <= 2 * HEADS * (2 * DIM * DIM + DIM + 4)
 
 
 def test_fingerprints_follow_the_architecture(tmp_path):

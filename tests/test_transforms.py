@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from lmdeploy_kvq import transforms
-from lmdeploy_kvq.transforms import MAX_CONDITION, Transform, TransformError, block_size, from_matrix, hadamard
+from lmdeploy_kvq.transforms import (
+    KINDS,
+    MAX_CONDITION,
+    Transform,
+    TransformError,
+    block_size,
+    calibrated,
+    digest_of,
+    from_matrix,
+    hadamard,
+)
 
 DIMS = (16, 32, 40, 64, 72, 80, 96, 128, 192, 256)
 
@@ -134,3 +144,90 @@ def test_matrices_are_made_once_per_device():
     assert hadamard(64, 'cpu') is hadamard(64, 'cpu')
     assert isinstance(hadamard(64).to('cpu'), Transform)
     assert transforms.MAX_DEFECT < 0.1
+
+
+def statistics(dim: int, seed: int = 0):
+    """Rows of keys with outlying elements and a mean, and queries that dislike them: samples, moments and mean."""
+    mix = well_conditioned(2, dim, 3.0, seed)
+    sizes = torch.logspace(1.0, -1.0, dim, dtype=torch.float64)
+    key = normal(4000, 2, dim, seed=seed + 5).double() * sizes + 5 * (torch.arange(dim) == 7)
+    query = torch.einsum('thi,hij->thj', normal(4000, 2, dim, seed=seed + 6).double() * sizes.flip(0), mix)
+    moments = [torch.einsum('thi,thj->hij', x, x) / len(x) for x in (key, query)]
+    return key, query, (*moments, key.mean(0))
+
+
+@pytest.mark.parametrize('dim', [16, 64, 80, 96])
+def test_balanced_gives_keys_and_queries_the_same_moment(dim):
+    """A A^T is the geometric mean: A^T Sk A = A^-1 Sq A^-T. And the elements of stored keys are alike."""
+    sk, sq, mean = statistics(dim)[2]
+    a = calibrated('balanced', sk, sq, mean)
+    inverse = torch.linalg.inv(a)
+    keys, queries = a.mT @ sk @ a, inverse @ sq @ inverse.mT
+    assert ((keys - queries).norm(dim=(1, 2)) <= 0.1 * keys.norm(dim=(1, 2))).all()  # but for the ridges
+    spread = (keys - a.mT @ (mean[:, :, None] * mean[:, None]) @ a).diagonal(dim1=1, dim2=2)
+    assert (spread.amax(1) <= (1.05 if block_size(dim) == dim else 3) * spread.amin(1)).all()
+    from_matrix(a)
+
+
+@pytest.mark.parametrize('dim', [64, 96])
+def test_diagonal_is_one_factor_per_element_and_hadamard(dim):
+    sk, sq, mean = statistics(dim)[2]
+    a = calibrated('diagonal', sk, sq, mean)
+    mix = hadamard(dim).forward_t[0].mT.double()
+    scaled = a @ torch.linalg.inv(mix / mix[0].norm())
+    diagonal = torch.diag_embed(scaled.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(scaled, diagonal, rtol=0, atol=1e-9)
+    squares = [m.diagonal(dim1=1, dim2=2) for m in (sq, sk)]
+    squares = [m + 1e-3 * m.mean(-1, keepdim=True) for m in squares]  # the ridge
+    expected = (squares[0] / squares[1]) ** 0.25
+    torch.testing.assert_close(diagonal.diagonal(dim1=1, dim2=2), expected, rtol=1e-9, atol=0)
+    from_matrix(a)
+
+
+def test_calibration_keeps_scores():
+    """What it is for: less error of scores after int4 and int2 than Hadamard alone, on other samples of the same."""
+    import lmdeploy_kvq as kvq
+    from lmdeploy_kvq import reference
+    moments = statistics(64)[2]
+    key, query, _ = statistics(64)
+    key, query = key[2000:2400], query[2400:2600]
+    exact = torch.einsum('qhd,khd->hqk', query, key)
+    for fmt in kvq.FORMATS:
+        if not fmt.takes_transform:
+            continue
+        errors = {}
+        for kind in ('hadamard', *KINDS):
+            transform = hadamard(64) if kind == 'hadamard' else from_matrix(calibrated(kind, *moments))
+            codes, scale = reference.encode(key, fmt.key, None, transform)
+            decoded = reference.decode(codes, fmt.key, scale, transform).double()
+            errors[kind] = float((torch.einsum('qhd,khd->hqk', query, decoded) - exact).norm() / exact.norm())
+        assert errors['balanced'] < 0.7 * errors['hadamard'] and errors['diagonal'] < 0.8 * errors['hadamard'], errors
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_heads_are_independent_and_rarely_seen_directions_are_bounded(kind):
+    sk, sq, mean = statistics(32)[2]
+    both = calibrated(kind, sk, sq, mean)
+    one = calibrated(kind, sk[1:], sq[1:], mean[1:])
+    from_matrix(both)
+    assert torch.equal(from_matrix(one).forward_t[0], from_matrix(both).forward_t[1])
+    few = torch.zeros(1, 32, 32)
+    few[0, 3, 3] = 4.0  # one direction is all that was seen
+    from_matrix(calibrated(kind, few, few, torch.zeros(1, 32)))
+
+
+def test_statistics_without_a_transform():
+    sk, sq, mean = statistics(16)[2]
+    for broken in (torch.zeros_like(sk), sk * math.nan, -sk):
+        with pytest.raises(TransformError, match='moments of keys'):
+            calibrated('balanced', broken, sq, mean)
+        with pytest.raises(TransformError, match='moments of queries'):
+            calibrated('diagonal', sk, broken, mean)
+    with pytest.raises(TransformError, match='unknown kind'):
+        calibrated('upright', sk, sq, mean)
+
+
+def test_digest_of_a_model_knows_layers_and_values():
+    a, b = well_conditioned(2, 16).float(), well_conditioned(2, 16, seed=3).float()
+    assert digest_of({0: a, 1: b}) == digest_of({1: b, 0: a.clone()})
+    assert len({digest_of({0: a, 1: b}), digest_of({0: b, 1: a}), digest_of({0: a}), digest_of({0: a, 1: a})}) == 4

@@ -108,9 +108,10 @@ def quant_policy_argument(original: Callable[..., argparse.Action], parser: Any,
 
     action.type = parse
     parser.add_argument('--kv-scales', metavar='PATH|strict', default=None,
-                        help='lmdeploy_kvq: scale file for fp8 and fp8_e5m2 (default: kv_scales.safetensors beside the '
-                        'model, else the checkpoint\'s scales, else 1.0); "strict" refuses layers without a scale.')
-    ours = '; '.join(f'{fmt.name} ({fmt.policy}): {fmt.summary}' for fmt in FORMATS)
+                        help='lmdeploy_kvq: scale file for formats with static scales, or calibrated transforms '
+                        '(default: kv_scales.safetensors beside the model, else the checkpoint\'s scales, else 1.0; '
+                        'transforms: else Hadamard); "strict" refuses layers without.')
+    ours = '; '.join(f'{fmt.name} ({fmt.policy}): {fmt.label}' for fmt in FORMATS)
     action.help = f'{action.help} lmdeploy_kvq, PyTorch engine: {ours}.'.replace('%', '%%')
     return action
 
