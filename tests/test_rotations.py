@@ -141,10 +141,10 @@ def test_which_file_is_meant(folder, monkeypatch):
     write_file(folder / FILE_NAME, {n: (torch.ones(()), torch.ones(())) for n in range(2)}, {})
     assert settle(model, TAKING[0].policy, str(folder), HEADS)[0][3] == 'default'
     monkeypatch.setenv(SCALES, str(folder / FILE_NAME))
-    with pytest.raises(ScaleError, match='has no transforms .* --transform balanced'):
+    with pytest.raises(ScaleError, match=r'has no transforms .* --transform balanced'):
         settle(model, TAKING[0].policy, str(folder), HEADS)
     write(folder / FILE_NAME, BOTH)
-    with pytest.raises(ScaleError, match=f'has no scales, which {fp8.name} would take'):
+    with pytest.raises(ScaleError, match=f'has no scales, which {fp8.name} would'):
         settle(model, fp8.policy, str(folder), HEADS)
     monkeypatch.setenv(SCALES, '')
     assert settle(model, fp8.policy, str(folder), HEADS)[0][3] == 'default'

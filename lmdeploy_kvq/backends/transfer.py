@@ -3,8 +3,8 @@
 Bytes of one format, scale or transform are nonsense to an engine that reads them as another. LMDeploy compares the
 shapes of cache pools when two engines exchange pages (PD disaggregation), and a store's keys name the model and the
 tokens; neither names the format. Both get our identity. The prefix cache of an engine needs none: it is a tree of
-blocks in the scheduler's memory that lives and dies with the process, whose format and transforms never change. (A live update
-of weights may bring other static scales. It also leaves pages that the old weights made, which LMDeploy keeps.)
+blocks in the scheduler's memory that lives and dies with the process, whose format and transforms never change. (A live
+update of weights may bring other static scales. It also leaves pages that the old weights made, which LMDeploy keeps.)
 """
 from __future__ import annotations
 
