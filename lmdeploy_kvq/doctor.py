@@ -171,6 +171,7 @@ def format_rows() -> list[dict[str, Any]]:
     """The table of formats: bits per element and bytes per token (1.0: as many as bf16), at head size 128."""
     shape = CacheShape(num_layers=1, kv_heads=8, head_dim=HEAD_DIM)
     return [{'name': fmt.name, 'policy': fmt.policy, 'aliases': list(fmt.aliases), 'summary': fmt.label,
+             'experimental': fmt.experimental,
              'bits_per_element': fmt.bits_per_element(HEAD_DIM), 'bytes_against_bf16': 1 / gain(fmt, shape)}
             for fmt in FORMATS]
 
@@ -246,6 +247,8 @@ def render(report: dict[str, Any]) -> str:
               table([(row['name'], row['policy'], f'{row["bits_per_element"]:.2f}', f'{row["bytes_against_bf16"]:.1%}',
                       ', '.join(row['aliases'])) for row in report['formats']],
                     ['--quant-policy', 'number', 'bits', 'bytes', 'also called'], right='number,bits,bytes')]
+    lines += [wrapped(f'{row["name"]} is EXPERIMENTAL: {row["experimental"]}.', '  ') for row in report['formats']
+              if row['experimental']]
     applied = sum(row['state'] == 'applied' for row in report['patches'])
     lines += ['', f'Patches of LMDeploy ({applied} of {len(report["patches"])} applied in this process)']
     module = ''

@@ -105,3 +105,18 @@ def test_passages_are_not_calibrated_on():
     assert train and not any(ids in train for _, ids in test)
     with pytest.raises(SystemExit, match='too few'):
         accuracy_cpu.choose(Words(), 4096, 4)
+
+
+def test_what_a_gain_through_the_engine_is():
+    """scripts/transform_gain.py: calibrated below Hadamard, where that is above twice the floor of bf16."""
+    import transform_gain
+
+    from lmdeploy_kvq.transforms import KINDS
+
+    def rows(hadamard, calibrated):
+        return [{'format': 'none again', 'transform': '', 'mean_kl': 0.01},
+                *({'format': fmt.name, 'transform': kind, 'mean_kl': hadamard if kind == 'hadamard' else calibrated}
+                  for fmt in transform_gain.TAKING for kind in ('hadamard', *KINDS))]
+
+    assert transform_gain.verdicts(rows(0.1, 0.05)) == transform_gain.verdicts(rows(0.015, 0.02)) == []
+    assert len(transform_gain.verdicts(rows(0.1, 0.1))) == len(transform_gain.TAKING) * len(KINDS)

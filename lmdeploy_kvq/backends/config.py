@@ -80,6 +80,8 @@ def check_pytorch_config(original: Callable[..., None], config: Any) -> None:
     if fmt is not None and torch.version.hip:
         raise ValueError(f'quant_policy {fmt.name} needs an NVIDIA GPU: on ROCm fp8 is another format (fnuz), and the '
                          'kernels are untested; use quant_policy none (0) there')
+    if fmt is not None and fmt.experimental:
+        logger.warning(f'lmdeploy_kvq: quant_policy {fmt.name} is EXPERIMENTAL: {fmt.experimental}')
     original(config)
 
 
