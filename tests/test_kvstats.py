@@ -50,6 +50,7 @@ def test_pieces_add_up(dtype):
     tensors, k, q = layer.tensors(), k.float()[~first], q.float()[~first]
     for head in range(HEADS):
         torch.testing.assert_close(tensors['k_second_moment'][head], k[:, head].T @ k[:, head] / 20)
+        torch.testing.assert_close(tensors['k_mean'][head], k[:, head].mean(0))
         group = q[:, head * GROUP:(head + 1) * GROUP].reshape(-1, DIM)
         torch.testing.assert_close(tensors['q_second_moment'][head], group.T @ group / (20 * GROUP))
 

@@ -1,4 +1,5 @@
 """Transforms of K from a scale file to LMDeploy's attention layers, through its own models and on the command line."""
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from test_loading import load, write_model
 from lmdeploy_kvq import FORMATS, doctor
 from lmdeploy_kvq.backends import audit
 from lmdeploy_kvq.backends.attention import TRANSFORM
-from lmdeploy_kvq.backends.loading import SCALES, attention_layers, check_file, model_scales, settle
+from lmdeploy_kvq.backends.loading import SCALES, attention_layers, check_file, kv_heads, model_scales, settle
 from lmdeploy_kvq.calibrate import CALIBRATED
 from lmdeploy_kvq.console import UserError
 from lmdeploy_kvq.scales import FILE_NAME, ScaleError, read_file, shard, validate_transforms, write_file
@@ -120,6 +121,21 @@ def test_the_layers_transform_is_what_the_pages_use(folder):
 def test_ranks_get_their_heads(heads, rank, world, expected):
     all_heads = matrices(heads=heads)
     assert torch.equal(shard(all_heads, heads, rank, world), all_heads[expected])
+
+
+def test_more_ranks_than_heads(folder):
+    """LMDeploy then counts every rank's copy of a head; the file has the model's own."""
+    config = dataclasses.replace(audit.build_empty(str(folder))[1], num_key_value_heads=4,
+                                 num_replicate_key_value_heads=2)
+    write(folder / FILE_NAME, BOTH, {n: (torch.tensor([0.5, 2.0]), torch.tensor([1.0, 3.0])) for n in range(2)})
+    for fmt in CALIBRATED:
+        check_file(config, fmt.policy)
+    assert kv_heads(config) == HEADS
+    for rank in range(4):
+        model = load(folder)
+        settle(model, TAKING[0].policy, str(folder), kv_heads(config), rank, 4)
+        impl = next(iter(attention_layers(model).values())).impl
+        assert torch.equal(getattr(impl, TRANSFORM).inverse, from_matrix(BOTH[0][rank // 2:rank // 2 + 1]).inverse)
 
 
 def test_every_rank_knows_the_same_identity(folder):

@@ -24,6 +24,7 @@ from ..scales import (
     read_file,
     shard,
     validate,
+    validate_transforms,
 )
 from . import observer, rotations
 from .checkpoints import advise, declares_fp8_cache
@@ -121,8 +122,7 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
             and not declares_fp8_cache(agent.model_config.hf_config):  # what is declared was said before loading
         advise('the checkpoint carries scales of an FP8 KV cache')
     world_size, rank = get_tp_world_rank('attn')
-    settle(model, policy, agent.model_path, agent.model_config.num_key_value_heads, rank, world_size,
-           quiet=agent.rank != 0)
+    settle(model, policy, agent.model_path, kv_heads(agent.model_config), rank, world_size, quiet=agent.rank != 0)
     if observer.ACTIVE is not None:
         observer.ACTIVE.attach({layer_index(name): module for name, module in attention_layers(model).items()})
 
@@ -237,6 +237,11 @@ def layer_index(name: str) -> int:
     return int(numbers[-1])
 
 
+def kv_heads(model_config: Any) -> int:
+    """KV heads of the model itself: where there are more ranks than those, LMDeploy counts every rank's copy."""
+    return model_config.num_key_value_heads // model_config.num_replicate_key_value_heads
+
+
 def check_file(model_config: Any, quant_policy: int) -> None:
     """Before anything is loaded: a scale file that is there must fit the model's configuration."""
     fmt = find_format(quant_policy)
@@ -252,9 +257,10 @@ def check_file(model_config: Any, quant_policy: int) -> None:
     held = file.layers if fmt.needs_scales else file.transforms
     expected = held if hybrid else range(model_config.num_layers)  # which layers attend is known once built
     if fmt.needs_scales:
-        validate(file, expected, model_config.num_key_value_heads)
+        validate(file, expected, kv_heads(model_config))
     else:
-        rotations.check(file, model_config, expected)
+        head_dim = model_config.k_head_dim or model_config.head_dim
+        validate_transforms(file, expected, kv_heads(model_config), head_dim)
 
 
 def check_origin(file: ScaleFile, fmt: KVFormat, model_path: str) -> None:

@@ -10,7 +10,7 @@ from lmdeploy.utils import get_logger
 
 from .._autoload import SCALES
 from ..formats import KVFormat
-from ..scales import FILE_NAME, ScaleError, ScaleFile, shard, validate_transforms
+from ..scales import FILE_NAME, ScaleError, ScaleFile, shard
 from ..transforms import digest_of, from_matrix, hadamard
 from .attention import TRANSFORM
 
@@ -33,16 +33,6 @@ def usable(file: ScaleFile | None, fmt: KVFormat) -> ScaleFile | None:
         raise ScaleError(f'scale file {file.path} has no {what}, which {fmt.name} would take from it; run lmdeploy-kvq '
                          f'calibrate MODEL --format {fmt.name}{how}, or leave --kv-scales out')
     return None
-
-
-def check(file: ScaleFile, model_config: Any, layers: Any) -> None:
-    """Before anything is loaded: the file's transforms must fit the model's configuration.
-
-    Raises:
-        ScaleError: see :func:`~lmdeploy_kvq.scales.validate_transforms`.
-    """
-    validate_transforms(file, layers, model_config.num_key_value_heads,
-                        model_config.k_head_dim or model_config.head_dim)
 
 
 def attach(fmt: KVFormat, layers: Mapping[str, tuple[int, torch.nn.Module]], heads: tuple[int, int, int],
