@@ -87,6 +87,13 @@ def test_bytes_per_block_in_the_engines_plan(fmt, kv_heads, head_dim, v_head_dim
     assert own.nbytes - static == block * per_logical
 
 
+@FORMATS
+def test_experimental_formats_say_so_when_chosen(fmt, caplog):
+    from lmdeploy import PytorchEngineConfig
+    PytorchEngineConfig(quant_policy=fmt.name)
+    assert (f'{fmt.name} is EXPERIMENTAL' in caplog.text) == bool(fmt.experimental)
+
+
 def test_heads_that_do_not_split_are_named():
     for fmt in kvq.FORMATS:
         for build in (schema.build_k_cache_desc, schema.build_v_cache_desc):
