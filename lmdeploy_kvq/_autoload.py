@@ -12,7 +12,8 @@ import sys
 
 OPT_OUT = 'LMDEPLOY_KVQ'
 SCALES = 'LMDEPLOY_KVQ_SCALES'
-ENVIRONMENT = (OPT_OUT, 'LMDEPLOY_KVQ_PREFILL', SCALES)
+CALIBRATE = 'LMDEPLOY_KVQ_CALIBRATE'
+ENVIRONMENT = (OPT_OUT, 'LMDEPLOY_KVQ_PREFILL', SCALES, CALIBRATE)
 """Our environment variables, forwarded to Ray workers on other nodes."""
 
 _HOOK = f'{__package__}.hook'

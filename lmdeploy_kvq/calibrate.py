@@ -14,16 +14,15 @@ from __future__ import annotations
 # torch and LMDeploy are imported late: --help is fast.
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from importlib.resources import files
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import UserError
-from .environment import reason
-from .formats import FORMATS, KVFormat, get_format
+from .console import UserError, progress, writable
+from .formats import FORMATS, get_format
+from .texts import cut, model_folder, read_data, tokenize
 
 if TYPE_CHECKING:
     import torch
@@ -43,23 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', metavar='MODEL', help='folder, or name on the Hugging Face hub')
     parser.add_argument('--data', metavar='FILE|-', help='text to run, "-": standard input (default: built-in texts)')
     parser.add_argument('-o', '--out', type=Path, default=Path(FILE), metavar='FILE', help='default: %(default)s')
-    parser.add_argument('--format', default=STATIC[0].name, choices=[fmt.name for fmt in CALIBRATED],
+    parser.add_argument('--format', default=Settings.format, choices=[fmt.name for fmt in CALIBRATED],
                         help='format the file is for (default: %(default)s)')
-    parser.add_argument('--transform', choices=('none', 'balanced', 'diagonal'),
+    parser.add_argument('--transform', choices=('none', 'balanced', 'diagonal'), default=Settings.transform,
                         help='matrices for the keys of int4 and narrower formats: the best ones, or one factor per '
                         'element (default: balanced where the format takes them, else none)')
-    parser.add_argument('--granularity', default='tensor', choices=('tensor', 'head'),
+    parser.add_argument('--granularity', default=Settings.granularity, choices=('tensor', 'head'),
                         help='one scale per layer, or one per KV head (default: %(default)s)')
-    parser.add_argument('--method', default='absmax', choices=('absmax', 'percentile', 'mse'),
+    parser.add_argument('--method', default=Settings.method, choices=('absmax', 'percentile', 'mse'),
                         help='largest value seen, a percentile of them, or least squared error (default: %(default)s)')
-    parser.add_argument('--percentile', type=_percentile, default=99.99, metavar='P', help='default: %(default)s')
-    parser.add_argument('--tokens', type=_positive, default=16384, metavar='N',
+    parser.add_argument('--percentile', type=_percentile, default=Settings.percentile, metavar='P',
+                        help='default: %(default)s')
+    parser.add_argument('--tokens', type=_positive, default=Settings.tokens, metavar='N',
                         help='prompt tokens to run at most (default: %(default)s)')
-    parser.add_argument('--length', type=_positive, default=512, metavar='N',
+    parser.add_argument('--length', type=_positive, default=Settings.length, metavar='N',
                         help='tokens of a prompt (default: %(default)s)')
-    parser.add_argument('--new-tokens', type=_positive, default=32, metavar='N',
+    parser.add_argument('--new-tokens', type=_positive, default=Settings.new_tokens, metavar='N',
                         help='tokens to generate after each prompt (default: %(default)s)')
-    parser.add_argument('--engine', default='auto', choices=('auto', 'lmdeploy', 'transformers'),
+    parser.add_argument('--engine', default=Settings.engine, choices=('auto', 'lmdeploy', 'transformers'),
                         help='what runs the model (default: lmdeploy where there is a GPU)')
 
 
@@ -70,53 +70,142 @@ def _positive(text: str) -> int:
 
 
 def _percentile(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= 100:
-        raise argparse.ArgumentTypeError(f'{text} is not above 0 and up to 100')
+        raise argparse.ArgumentTypeError(f'{text!r} is not above 0 and up to 100')
     return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate; the names and defaults are the command's options."""
+    format: str = STATIC[0].name
+    transform: str | None = None
+    granularity: str = 'tensor'
+    method: str = 'absmax'
+    percentile: float = 99.99
+    tokens: int = 16384
+    length: int = 512
+    new_tokens: int = 32
+    engine: str = 'auto'
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` found and wrote.
+
+    Attributes:
+        path: the scale file. format: the format it is for.
+        scales: layer index to (K scale, V scale), each fp32 [] or [kv_heads]; empty for formats without static scales.
+        transform: the kind of K's transforms, ``none`` without. layers: how many were seen.
+        tokens: how many were counted. partial: an interrupt came before all of the text was.
+    """
+    path: Path
+    format: str
+    scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    transform: str
+    layers: int
+    tokens: int
+    partial: bool
 
 
 def run(args: argparse.Namespace) -> int:
     """``lmdeploy-kvq calibrate``: returns 0, or 130 if interrupted; a partial file may have been written then."""
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f'{args.out} cannot be written: {args.out.absolute().parent} is no folder')
-    text, source = read_data(args.data)
-    folder = model_folder(args.model)
-    pieces = cut(tokenize(folder, text), args.length, args.tokens)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    try:
+        found = calibrate(args.model, args.out, args.data, settings)
+    except KeyboardInterrupt:
+        print('lmdeploy-kvq: interrupted before anything was seen; nothing is written', file=sys.stderr)
+        return 130
+    how = 'interrupted: ' if found.partial else ''
+    what = ' and '.join([f'{found.format} scales'] * bool(found.scales) +
+                        [f'{found.transform} transforms'] * (found.transform != 'none'))
+    print(f'{found.path}: {how}{what} of {found.layers} layers from {found.tokens} tokens{_largest(found.scales)}.\n'
+          f'Use it with --kv-scales {found.path}, or as {FILE} beside the model.')
+    return 130 if found.partial else 0
+
+
+def _largest(scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> str:
+    if not scales:
+        return ''
+    k, v = (max(float(pair[i].max()) for pair in scales.values()) for i in (0, 1))
+    return f'; the largest are {k:.4g} for K and {v:.4g} for V'
+
+
+def calibrate(model: str, out: Path, data: str | None = None, settings: Settings | None = None) -> Calibration:
+    """Run a model on text and write its scale file; a progress bar goes to stderr.
+
+    Args:
+        model: folder, or name on the hub.
+        out: the file to write; what is there is replaced.
+        data: a text file, ``-`` for standard input, None for the built-in texts.
+        settings: None: the command's defaults.
+
+    Raises:
+        UserError: a mistake of the user, in a sentence.
+        KeyboardInterrupt: interrupted before every layer had seen a token; nothing is written.
+    """
+    settings = settings or Settings()
+    kind = transform_kind(settings)
+    writable(out)
+    text, source = read_data(data)
+    folder = model_folder(model)
+    pieces = cut(tokenize(folder, text), settings.length, settings.tokens)
     if not pieces:
         raise UserError(f'{source} holds no text to run')
     from .kvstats import ModelStatistics
-    statistics, partial, engine = ModelStatistics(), False, _engine(args.engine)
+    statistics, partial, engine = ModelStatistics(), False, engine_for(settings.engine)
     with ExitStack() as closing:  # the engine is closed when the file is written
-        with _progress(sum(map(len, pieces))) as advance:
+        with progress('calibrating', sum(map(len, pieces)), 'tokens') as advance:
             try:
-                _observe(engine, args, folder, pieces, statistics, advance, closing)
+                _observe(engine, settings, folder, pieces, statistics, advance, closing)
             except KeyboardInterrupt:
+                if not statistics.complete:
+                    raise
                 partial = True
-        if partial and not statistics.complete:
-            print('lmdeploy-kvq: interrupted before anything was seen; nothing is written', file=sys.stderr)
-            return 130
-        write(args, folder, statistics, {'data': source, 'engine': engine, 'partial': str(partial).lower()})
-    return 130 if partial else 0
+        about = {'data': source, 'engine': engine, 'partial': str(partial).lower()}
+        scales = write(out, settings, folder, statistics, about)
+    return Calibration(out, settings.format, scales, kind, len(statistics.layers), statistics.tokens, partial)
 
 
-def _engine(asked: str) -> str:
+def transform_kind(settings: Settings) -> str:
+    """The kind of transforms asked for, or what the format takes; ``none`` for none.
+
+    Raises:
+        UserError: neither scales nor transforms are left to write.
+    """
+    fmt = get_format(settings.format)
+    kind = settings.transform or ('balanced' if fmt.takes_transform else 'none')
+    if kind == 'none' and not fmt.needs_scales:
+        raise UserError(f'{fmt.name} needs no scales, and --transform none leaves nothing to write')
+    return kind
+
+
+def engine_for(asked: str) -> str:
+    """``lmdeploy`` or ``transformers``: the one asked for, or for ``auto`` what this machine runs.
+
+    Raises:
+        UserError: LMDeploy is asked for where there is no GPU.
+    """
     import torch
     if asked == 'lmdeploy' and not torch.cuda.is_available():
         raise UserError('--engine lmdeploy needs a GPU; --engine transformers runs anywhere')
     return asked if asked != 'auto' else 'lmdeploy' if torch.cuda.is_available() else 'transformers'
 
 
-def _observe(engine: str, args: argparse.Namespace, folder: str, pieces: list[list[int]], statistics: ModelStatistics,
+def _observe(engine: str, settings: Settings, folder: str, pieces: list[list[int]], statistics: ModelStatistics,
              done: Callable[[int], None], closing: ExitStack) -> None:
     """Run the pieces."""
     if engine == 'lmdeploy':
         attach()
         from .backends import observer
-        observer.observe(folder, pieces, args.length, args.new_tokens, statistics, done, closing)
+        observer.observe(folder, pieces, settings.length, settings.new_tokens, statistics, done, closing)
     else:
         from . import hf_observer
-        hf_observer.observe(hf_observer.load(folder), pieces, args.new_tokens, statistics, done)
+        hf_observer.observe(hf_observer.load(folder), pieces, settings.new_tokens, statistics, done)
 
 
 def attach() -> None:
@@ -132,117 +221,40 @@ def attach() -> None:
         raise UserError(str(error)) from error
 
 
-def read_data(data: str | None) -> tuple[str, str]:
-    """Text to run and what to call it.
+def write(out: Path, settings: Settings, folder: str, statistics: ModelStatistics,
+          about: dict[str, str]) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Choose scales and transforms, and write the file.
 
     Args:
-        data: a file's path, ``-`` for standard input, None for the built-in texts.
+        about: further metadata.
+
+    Returns:
+        Layer index to (K scale, V scale); empty for formats without static scales.
 
     Raises:
-        UserError: a file that cannot be read as text.
+        UserError: nothing to write; scales or matrices that no cache can use: the model computes NaN; or a disk that
+            is full.
     """
-    if data is None:
-        texts = sorted((path for path in files(__package__).joinpath('data').iterdir() if path.name.endswith('.txt')),
-                       key=lambda path: path.name)
-        return '\n'.join(path.read_text(encoding='utf-8') for path in texts), 'built-in'
-    try:
-        if data == '-':
-            return sys.stdin.read(), 'stdin'
-        return Path(data).read_text(encoding='utf-8'), Path(data).name
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{data} cannot be read as text: {error}') from error
-
-
-def model_folder(model: str) -> str:
-    """Folder of a model: the one given, or the hub's copy.
-
-    Raises:
-        UserError: neither exists.
-    """
-    if (Path(model).expanduser() / 'config.json').is_file():
-        return str(Path(model).expanduser())
-    try:
-        if Path(model).expanduser().exists() or model.startswith(('/', '.', '~')):
-            raise FileNotFoundError('no folder with a config.json')
-        from huggingface_hub import snapshot_download
-        return snapshot_download(model)
-    except Exception as error:  # the hub has its own for names, networks and permissions: the first line says which
-        raise UserError(f'{model} is no model: {reason(error)}') from error
-
-
-def tokenize(folder: str, text: str) -> list[int]:
-    """Token ids of a text, without special tokens."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-    logging.set_verbosity_error()  # "sequence is longer than ...": it is cut below
-    try:
-        return list(AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False))
-    except (OSError, ValueError) as error:
-        raise UserError(f'{folder} has no tokenizer that transformers can load: {error}') from error
-
-
-def cut(ids: list[int], length: int, tokens: int) -> list[list[int]]:
-    """Pieces of ``length`` tokens, at most ``tokens`` in all, spread evenly over ``ids``."""
-    pieces = [ids[i:i + length] for i in range(0, len(ids), length)]
-    count = max(tokens // length, 1)
-    if len(pieces) > count:
-        pieces = [pieces[i * len(pieces) // count] for i in range(count)]
-    return [piece[:tokens] for piece in pieces]
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; yields what is to be called with the tokens done."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError as error:
-        raise UserError('rich is not installed; run `pip install "lmdeploy-kvq[tools]"`') from error
-    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('tokens'),
-               TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task('calibrating', total=total)
-
-        yield lambda tokens: bar.advance(task, tokens)
-
-
-def write(args: argparse.Namespace, folder: str, statistics: ModelStatistics, about: dict[str, str]) -> None:
-    """Choose scales and transforms, write the file, and say so.
-
-    Raises:
-        UserError: scales or matrices that no cache can use: the model computes NaN.
-    """
-    from .scales import ScaleError, fingerprint, write_file
+    from .scales import ScaleError, provenance, write_file
     from .transforms import TransformError, digest_of
-    fmt: KVFormat = get_format(args.format)
-    kind = args.transform or ('balanced' if fmt.takes_transform else 'none')
-    if kind == 'none' and not fmt.needs_scales:
-        raise UserError(f'{fmt.name} needs no scales, and --transform none leaves nothing to write')
-    how_scaled = {'method': args.method, 'granularity': args.granularity} if fmt.needs_scales else {}
-    metadata = {'format': fmt.name, **how_scaled,
-                'model': Path(folder).name, 'fingerprint': fingerprint(folder), 'tokens': str(statistics.tokens),
-                'date': time.strftime('%Y-%m-%d', time.gmtime()), **about}
-    if fmt.needs_scales and args.method == 'percentile':
-        metadata['percentile'] = str(args.percentile)
+    fmt = get_format(settings.format)
+    kind = transform_kind(settings)
+    metadata = dict(about)
+    scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    if fmt.needs_scales:
+        metadata |= {'method': settings.method, 'granularity': settings.granularity}
+        if settings.method == 'percentile':
+            metadata['percentile'] = str(settings.percentile)
+        scales = statistics.scales(fmt, settings.method, settings.granularity, settings.percentile)
+    metadata = provenance(folder, fmt, statistics.tokens, **metadata)
     kept = {n: layer.tensors() for n, layer in statistics.layers.items()}
-    scales = statistics.scales(fmt, args.method, args.granularity, args.percentile) if fmt.needs_scales else {}
     try:
         if kind != 'none':
             transforms = statistics.transforms(kind)
             metadata |= {'transform': kind, 'transform_digest': digest_of(transforms)}
             for layer, matrix in transforms.items():
                 kept[layer]['k_transform'] = matrix
-        write_file(args.out, scales, metadata, kept)
+        write_file(out, scales, metadata, kept)
     except (ScaleError, TransformError, OSError) as error:
-        raise UserError(f'{args.out} is not written: {error}') from error
-    how = 'interrupted: ' if about['partial'] == 'true' else ''
-    what = ' and '.join([f'{fmt.name} scales'] * bool(scales) + [f'{kind} transforms'] * (kind != 'none'))
-    print(f'{args.out}: {how}{what} of {len(kept)} layers from {statistics.tokens} tokens{_largest(scales)}.\n'
-          f'Use it with --kv-scales {args.out}, or as {FILE} beside the model.')
-
-
-def _largest(scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> str:
-    if not scales:
-        return ''
-    k, v = (max(float(pair[i].max()) for pair in scales.values()) for i in (0, 1))
-    return f'; the largest are {k:.4g} for K and {v:.4g} for V'
+        raise UserError(f'{out} is not written: {error}') from error
+    return scales

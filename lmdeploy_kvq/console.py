@@ -1,15 +1,29 @@
-"""Plain-text output shared by the commands: errors in the user's words, tables, wrapped lines."""
+"""What the commands share: errors in the user's words, tables, wrapped lines, progress bars, files to be written."""
 from __future__ import annotations
 
+import os
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 
 MAX_WIDTH = 100
 
 
 class UserError(Exception):
     """A user's mistake: printed as one sentence, without a traceback; exit code 2."""
+
+
+def first_line(text: str) -> str:
+    """The first line, at most 200 characters of it."""
+    return (text.strip().splitlines() or [''])[0][:200]
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    return f'{type(error).__name__}: {first_line(str(error))}'.removesuffix(': ')
 
 
 def width() -> int:
@@ -39,3 +53,46 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None,
     return '\n'.join((indent + '  '.join(
         cell.rjust(size) if far else cell.ljust(size)
         for cell, size, far in zip(line, widths, to_right, strict=True))).rstrip() for line in lines)
+
+
+@contextmanager
+def progress(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, without animation and colours where that is no terminal or ``NO_COLOR`` is set.
+
+    Yields:
+        What is to be called with the number of units done since the last call.
+
+    Raises:
+        UserError: rich is not installed.
+    """
+    need('rich')
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+               TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        number = bar.add_task(task, total=total)
+
+        yield lambda done: bar.advance(number, done)
+
+
+def need(package: str, extra: str = 'tools') -> None:
+    """Raise UserError, saying what to install, unless a package of an optional extra is there."""
+    if find_spec(package) is None:
+        raise UserError(f'{package} is not installed; run `pip install "lmdeploy-kvq[{extra}]"`')
+
+
+def writable(path: Path) -> Path:
+    """``path``, if a file can be written there; asked before the work whose result it is to hold.
+
+    Raises:
+        UserError: no folder there, a folder in its place, or no permission.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f'{path} cannot be written: {folder} is no folder')
+    if path.is_dir():
+        raise UserError(f'{path} cannot be written: it is a folder')
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f'{path} cannot be written: no permission')
+    return path

@@ -1,11 +1,13 @@
-"""Check the installation: versions, GPUs, whether LMDeploy will use this package, formats and patches.
+"""Check the installation: versions, GPUs, whether LMDeploy will use this package, formats and patches; or a model.
 
-Exit code 0: all is well (also when opted out with LMDEPLOY_KVQ=0); 1: there are problems, each with what to do.
+Exit code 0: all is well (also when opted out with LMDEPLOY_KVQ=0); 1: there are problems, each with what to do; 2: a
+mistake in what was asked.
 
 examples:
   lmdeploy-kvq doctor
   lmdeploy-kvq doctor --json > report.json     for a bug report
-  lmdeploy-kvq doctor --model MODEL            the static scales that fp8 would use, and where they come from
+  lmdeploy-kvq doctor --kernels                run every format's kernels once
+  lmdeploy-kvq doctor --model MODEL            formats that can store its cache, scales that fp8 would use and whence
 """
 from __future__ import annotations
 
@@ -15,25 +17,22 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
 from typing import Any
 
 from . import _autoload
-from .calibrate import CALIBRATED, STATIC, attach, model_folder
-from .capacity import CacheShape, gain
-from .console import UserError, table, wrapped
-from .environment import find_gpus, package_problems, reason, version, versions
-from .formats import FORMATS, get_format
-
-AUDIT = {True: ('layer', 'k_scale', 'v_scale', 'source'),  # columns, by whether a format needs scales
-         False: ('layer', 'k_transform', 'v_transform', 'source')}
-SCALES = _autoload.SCALES
-HEAD_DIM = 128
-"""Head size at which the table of formats is printed, the most common one."""
+from .console import UserError, reason, table, wrapped
+from .environment import find_gpus, machine, package_problems, version, versions
+from .formatcheck import HEAD_DIM, format_lines, format_rows, run_kernels
+from .formats import FORMATS
+from .modelcheck import check_model, render_model
 
 TORCH_SWITCH = 'TORCH_DEVICE_BACKEND_AUTOLOAD'  # PyTorch's own: 0 keeps it from loading any entry point
+_VARIABLES = ('LMDEPLOY_', 'TRITON_', 'CUDA_VISIBLE_DEVICES', TORCH_SWITCH)
+_SECRET = re.compile('KEY|TOKEN|SECRET|PASSWORD')
 _REPORT = 'Please report this, with the output of `lmdeploy-kvq doctor --json`.'
 _MARK = 'lmdeploy_kvq hook state: '
 _PROBE = f"""
@@ -49,88 +48,53 @@ print({_MARK!r} + json.dumps(hook_state()))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``lmdeploy-kvq doctor``."""
     parser.add_argument('--json', action='store_true', help='print the report as JSON')
-    parser.add_argument('--model', metavar='MODEL', help='audit the static scales of a model instead; reads no weights')
-    parser.add_argument('--quant-policy', metavar='NAME', default=STATIC[0].name,
-                        help='format of the audit (default: %(default)s)')
+    parser.add_argument('--kernels', action='store_true',
+                        help="run every format's kernels once, and compare them with the reference (on a GPU, or with "
+                        'TRITON_INTERPRET=1)')
+    parser.add_argument('--model', metavar='MODEL',
+                        help='check a model instead: formats that can store its cache, its scales; reads no weights')
+    parser.add_argument('--quant-policy', metavar='NAME', help='the format that is to serve the model (default: any)')
     parser.add_argument('--kv-scales', metavar='PATH|strict', help='as in `lmdeploy serve`')
 
 
 def run(args: argparse.Namespace) -> int:
     """``lmdeploy-kvq doctor``: print the report; returns 0, or 1 if there are problems."""
+    if args.model is None and (args.quant_policy or args.kv_scales):
+        raise UserError(f'{"--quant-policy" if args.quant_policy else "--kv-scales"} is about a model: give --model '
+                        'MODEL')
     with contextlib.redirect_stdout(sys.stderr):  # imported packages may print: keep the report's stream clean
-        report = collect() if args.model is None else audit(args.model, args.quant_policy, args.kv_scales)
-    text = render(report) if args.model is None else render_audit(report)
+        report = collect(args.kernels) if args.model is None else \
+            check_model(args.model, args.quant_policy, args.kv_scales)
+    text = render(report) if args.model is None else render_model(report)
     print(json.dumps(report, indent=1) if args.json else text)
     return 1 if report['problems'] else 0
 
 
-def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, Any]:
-    """The static scales that an engine would use, as JSON-able values.
-
-    Args:
-        model: folder, or name on the hub.
-        policy: a format with static scales or calibrated transforms.
-        kv_scales: a scale file, ``strict``, or None; None leaves it to ``LMDEPLOY_KVQ_SCALES``.
-
-    Returns:
-        ``model``, ``format``, ``scale_file`` (path or None), ``layers`` (layer, k_scale, v_scale or k_transform,
-        v_transform, and source), and
-        ``problems``: what the engine would refuse or warn of.
-
-    Raises:
-        UserError: no such model, or a format that takes nothing from a file.
-    """
-    if kv_scales is not None:
-        os.environ[SCALES] = kv_scales
-    try:
-        fmt = get_format(policy)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if fmt not in CALIBRATED:
-        raise UserError(f'{fmt.name} computes its scales as tokens are written; static scales or calibrated transforms '
-                        f'have {", ".join(f.name for f in CALIBRATED)}')
-    folder = model_folder(model)
-    attach()
-    from .backends import audit as backend
-    from .backends.loading import default_warning, scale_file
-    report: dict[str, Any] = {'model': folder, 'format': fmt.name, 'scale_file': scale_file(folder)[0], 'layers': []}
-    try:
-        rows = backend.audit(folder, fmt.policy)
-    except ValueError as error:
-        return {**report, 'problems': [str(error)]}
-    report['layers'] = [dict(zip(AUDIT[fmt.needs_scales], row)) for row in rows]
-    warning = default_warning(fmt, rows)
-    return {**report, 'problems': [warning] if warning else []}
-
-
-def render_audit(report: dict[str, Any]) -> str:
-    """The audit as plain text."""
-    lines = [f'Scales and transforms of {report["format"]} for {report["model"]}',
-             f'scale file: {report["scale_file"] or "none"}']
-    if report['layers']:
-        lines.append(table([tuple(row.values()) for row in report['layers']], tuple(report['layers'][0])))
-    lines += [wrapped(problem, '    ', '  - ') for problem in report['problems']]
-    return '\n'.join([*lines, *([] if report['problems'] else ['OK'])])
-
-
-def collect() -> dict[str, Any]:
+def collect(kernels: bool = False) -> dict[str, Any]:
     """Everything doctor knows, as JSON-able values; imports torch, LMDeploy, and every module that is patched.
 
-    Keys: ``versions``, ``gpus`` (name, compute_capability, memory_gib, fp8_conversion), ``environment``, ``opted_out``,
-    ``hook`` (``this_process`` and ``new_process``, see :func:`hook_state`), ``formats``, ``patches`` (module, target,
-    state, reason, why), ``problems`` (sentences that say what to do; empty if all is well).
+    Args:
+        kernels: run every format's kernels once, see :func:`~lmdeploy_kvq.formatcheck.run_kernels`.
+
+    Returns:
+        ``machine``, ``versions``, ``gpus`` (name, compute_capability, memory_gib, fp8_conversion), ``environment``,
+        ``opted_out``, ``hook`` (``this_process`` and ``new_process``, see :func:`hook_state`), ``formats`` (see
+        :func:`~lmdeploy_kvq.formatcheck.format_rows`), ``patches`` (module, target, state, reason, why), ``problems``
+        (sentences that say what to do; empty if all is well).
     """
     here, new = hook_state(), _spawned_state()
     gpus, gpu_problems = find_gpus()
-    formats, patches = format_rows(), patch_rows()
-    names = ('LMDEPLOY_KVQ', 'TRITON_INTERPRET', 'CUDA_VISIBLE_DEVICES', TORCH_SWITCH)
+    formats, patches = format_rows(gpus, here['active']), patch_rows()
     problems = [*package_problems(), *gpu_problems, *hook_problems(here, new)]
     if here['active']:  # where there is no GPU, some of LMDeploy's modules may refuse to be imported: no problem
         problems += [f'The patch of {row["module"]}.{row["target"]} is not applied: {row["reason"] or row["state"]}. '
                      f'{_REPORT}' for row in patches if row['state'] != 'applied' and (gpus or not row['reason'])]
+    if kernels:
+        problems += [f'{problem} {_REPORT}' for problem in run_kernels(formats)]
     return {
-        'versions': versions(), 'gpus': gpus,
-        'environment': {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)},
+        'machine': machine(), 'versions': versions(), 'gpus': gpus,
+        'environment': {name: value for name, value in sorted(os.environ.items())
+                        if name.startswith(_VARIABLES) and not _SECRET.search(name)},
         'opted_out': not _autoload.enabled(), 'hook': {'this_process': here, 'new_process': new},
         'formats': formats, 'patches': patches, 'problems': problems,
     }
@@ -165,15 +129,6 @@ def _spawned_state() -> dict[str, Any]:
             return json.loads(line[len(_MARK):])
     last = (done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]
     return {'active': False, 'policies': [], 'problems': [], 'error': last[:300]}
-
-
-def format_rows() -> list[dict[str, Any]]:
-    """The table of formats: bits per element and bytes per token (1.0: as many as bf16), at head size 128."""
-    shape = CacheShape(num_layers=1, kv_heads=8, head_dim=HEAD_DIM)
-    return [{'name': fmt.name, 'policy': fmt.policy, 'aliases': list(fmt.aliases), 'summary': fmt.label,
-             'experimental': fmt.experimental,
-             'bits_per_element': fmt.bits_per_element(HEAD_DIM), 'bytes_against_bf16': 1 / gain(fmt, shape)}
-            for fmt in FORMATS]
 
 
 def patch_rows() -> list[dict[str, str]]:
@@ -232,23 +187,22 @@ def _missing_hook() -> str:
 def render(report: dict[str, Any]) -> str:
     """The report as plain text, at most 100 columns wide."""
     switch = os.environ.get(_autoload.OPT_OUT)
-    lines = ['Versions', table([(name, found or 'not installed') for name, found in report['versions'].items()
-                                if found or name != 'cuda'])]
+    lines = ['Machine', table(list(report['machine'].items())), '', 'Versions',
+             table([(name, found or 'not installed') for name, found in report['versions'].items()
+                    if found or name != 'cuda'])]
     lines += ['', 'GPUs']
     lines += [f'  {index}: {gpu["name"]}, compute capability {gpu["compute_capability"]}, {gpu["memory_gib"]} GiB, '
               f'fp8 by {gpu["fp8_conversion"]}' for index, gpu in enumerate(report['gpus'])]
     if not report['gpus']:
         lines.append(wrapped('none: serving needs one with CUDA; the reference, the tests and `make demo` also run on '
                              'the CPU', '  '))
+    if report['environment']:
+        lines += ['', 'Environment', table(list(report['environment'].items()))]
     lines += ['', 'Hook into LMDeploy', table([
         (_autoload.OPT_OUT, 'not set (on)' if switch is None else f'{switch!r}'),
         ('this process', _hook_text(report, 'this_process')), ('a new process', _hook_text(report, 'new_process'))])]
     lines += ['', wrapped(f'Formats (bits per element, bytes per token against bf16; at head size {HEAD_DIM})'),
-              table([(row['name'], row['policy'], f'{row["bits_per_element"]:.2f}', f'{row["bytes_against_bf16"]:.1%}',
-                      ', '.join(row['aliases'])) for row in report['formats']],
-                    ['--quant-policy', 'number', 'bits', 'bytes', 'also called'], right='number,bits,bytes')]
-    lines += [wrapped(f'{row["name"]} is EXPERIMENTAL: {row["experimental"]}.', '  ') for row in report['formats']
-              if row['experimental']]
+              *format_lines(report['formats'])]
     applied = sum(row['state'] == 'applied' for row in report['patches'])
     lines += ['', f'Patches of LMDeploy ({applied} of {len(report["patches"])} applied in this process)']
     module = ''

@@ -10,11 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .console import first_line
 
 MIN_CAPABILITY = (8, 0)
 """Oldest compute capability the kernels are built and tested for."""
 
 _PACKAGES = ('torch', 'triton', 'lmdeploy', 'transformers')
+
+_OPTIONAL = ('ray', 'safetensors', 'huggingface-hub', 'fa3-fwd', 'flash-attn', 'rich', 'matplotlib', 'lm-eval')
+"""Packages that are listed where they are installed: they decide how a model is served, or which commands run."""
+
+
+def machine() -> dict[str, str]:
+    """What a bug report has to say of the machine: operating system, Python, NVIDIA's driver where there is one."""
+    found = {'system': platform.platform(), 'python': sys.executable}
+    driver = Path('/proc/driver/nvidia/version')
+    if driver.is_file():
+        number = re.search(r'\d+\.\d+(\.\d+)?', driver.read_text(errors='replace'))
+        found['driver'] = number[0] if number else first_line(driver.read_text(errors='replace'))
+    return found
 
 
 def versions() -> dict[str, str | None]:
@@ -25,7 +39,7 @@ def versions() -> dict[str, str | None]:
         found[name] = version(name)
         if name == 'torch':
             found['cuda'] = getattr(getattr(torch, 'version', None), 'cuda', None)
-    return found
+    return {**found, **{name: version(name) for name in _OPTIONAL if version(name)}}
 
 
 def find_gpus() -> tuple[list[dict[str, Any]], list[str]]:
@@ -40,7 +54,7 @@ def find_gpus() -> tuple[list[dict[str, Any]], list[str]]:
         if not Path('/dev/nvidia0').exists():
             return [], []
         why = 'this PyTorch is built without CUDA' if torch.version.cuda is None else \
-            _first_line(str(caught[-1].message)) if caught else 'torch.cuda.is_available() is False'
+            first_line(str(caught[-1].message)) if caught else 'torch.cuda.is_available() is False'
         return [], [f'An NVIDIA GPU is present, but PyTorch cannot use it ({why}): install a PyTorch built for the '
                     'driver\'s CUDA version, see https://pytorch.org/get-started/locally.']
     gpus, problems = [], []
@@ -92,12 +106,3 @@ def version(name: str) -> str | None:
 
 def _numbers(dotted: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r'\d+', dotted.split('+')[0])[:3])
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [''])[0][:200]
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line."""
-    return f'{type(error).__name__}: {_first_line(str(error))}'.removesuffix(': ')

@@ -14,8 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
-from .console import UserError
+from .console import UserError, reason
 from .kvstats import ModelStatistics
 
 _NAME = 'lmdeploy_kvq_observed'
@@ -61,20 +62,27 @@ def observed(model: PreTrainedModel, statistics: ModelStatistics) -> Iterator[_O
             type(registry)._global_mapping.pop(_NAME)
 
 
-def load(folder: str) -> PreTrainedModel:
-    """A causal language model in the dtype of its checkpoint, on the GPU where there is one.
+def load(folder: str, dtype: str | torch.dtype = 'auto') -> PreTrainedModel:
+    """A causal language model, on the GPU where there is one.
+
+    Args:
+        folder: of the model.
+        dtype: of its weights and its arithmetic; ``auto``: the checkpoint's.
 
     Raises:
-        UserError: no causal language model that transformers knows.
+        UserError: no causal language model that transformers can load.
     """
+    logging.disable_progress_bar()  # the commands show their own
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.is_encoder_decoder:
             raise UserError(f'{folder} is an encoder-decoder model; only causal language models have the KV cache that '
                             'is calibrated')
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype='auto')
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f'transformers cannot load {folder}: {error}') from error
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except UserError:
+        raise
+    except Exception as error:  # damaged or missing files and unknown models: transformers', safetensors', json's
+        raise UserError(f'transformers cannot load {folder}: {reason(error)}') from error
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
 
 

@@ -107,9 +107,11 @@ def read_model(path: Path) -> Model:
         raise UserError(f'there is no {file}; give the folder of a downloaded model, or its config.json') from None
     except (OSError, ValueError) as error:
         raise UserError(f'{file} cannot be read: {error}') from None
+    if not isinstance(whole, Mapping):
+        raise UserError(f'{file} is no configuration of a model: a JSON object is needed')
     config = next((whole[key] for key in ('text_config', 'llm_config') if isinstance(whole.get(key), Mapping)), whole)
-    name = (whole.get('architectures') or [whole.get('model_type', 'unknown')])[0]
     try:
+        name = (whole.get('architectures') or [whole.get('model_type', 'unknown')])[0]
         heads, layers = config['num_attention_heads'], config['num_hidden_layers']
         head_dim = config.get('head_dim') or config['hidden_size'] // heads
         kinds = config.get('layer_types') or ['full_attention'] * layers
@@ -121,6 +123,8 @@ def read_model(path: Path) -> Model:
                      config['vocab_size'], weights or _estimate(config, head_dim), not weights)
     except KeyError as error:
         raise UserError(f'{file} has no {error}, which the plan needs') from None
+    except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:  # text or 0 where a number belongs
+        raise UserError(f'{file} is no configuration of a model: {error}') from None
 
 
 def _weight_files(folder: Path) -> int:

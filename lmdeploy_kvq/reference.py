@@ -89,12 +89,12 @@ def encode(x: torch.Tensor, encoding: Encoding, scale: torch.Tensor | None = Non
 def decode(codes: torch.Tensor, encoding: Encoding, scale: torch.Tensor,
            transform: Transform | None = None) -> torch.Tensor:
     """Inverse of :func:`encode`: fp32 values of codes [..., heads, head_dim] with scale [..., heads], [heads] or []."""
-    values = decode_codes(codes, encoding.codec) * scale[..., None]
-    if encoding.rotation is None:
-        return values
-    if transform is None:
-        raise ValueError('an encoding with a rotation needs its transform')
-    return transform.restore(values)
+    values = decode_codes(codes, encoding.codec)
+    if encoding.rotation is not None:
+        if transform is None:
+            raise ValueError('an encoding with a rotation needs its transform')
+        values = transform.restore(values)  # before the scale: sums of such products are exact for Hadamard
+    return values * scale[..., None]
 
 
 def pack(codes: torch.Tensor, codec: Codec) -> torch.Tensor:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .formats import FORMATS, KVFormat
 from .transforms import TransformError, digest_of, from_matrix
 
 MISSING = -1.0
@@ -76,7 +78,8 @@ class LayerScales:
     Attributes:
         k, v: scale of K and of V; kv: one for both; None where nothing was found. A file's may be one per KV head.
         zero_point: name of a zero point that is not zero; None: there is none.
-        source: where they come from: ``file``, ``checkpoint`` or ``calibrated`` (a file that calibration wrote).
+        source: where they come from: ``file``, ``checkpoint``, ``calibrated`` (a file that calibration wrote, or found
+            while serving), or ``pending`` (to be found while serving).
     """
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
@@ -208,6 +211,19 @@ def _read_json(path: Path) -> ScaleFile:
     return ScaleFile(layers, {'format': 'vllm-json'}, str(path))
 
 
+def check_format(file: ScaleFile, fmt: KVFormat) -> None:
+    """See that a file's scales were not made for a wider format than ``fmt``: nearly all values would saturate.
+
+    Raises:
+        ScaleError: they were; says what to do.
+    """
+    made_for = next((f for f in FORMATS if f.name == file.metadata.get('format')), fmt)
+    wider = made_for.key.codec.qmax > fmt.key.codec.qmax or made_for.value.codec.qmax > fmt.value.codec.qmax
+    if wider and fmt.needs_scales and made_for.needs_scales:
+        raise ScaleError(f'scale file {file.path} is for {made_for.name}, whose codes reach further than those of '
+                         f'{fmt.name}; run lmdeploy-kvq calibrate --format {fmt.name}, or serve {made_for.name}')
+
+
 def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
                metadata: Mapping[str, str],
                statistics: Mapping[int, Mapping[str, torch.Tensor]] | None = None) -> None:
@@ -236,6 +252,19 @@ def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.
     unfinished = path.with_name(path.name + '.part')
     save_file(tensors, str(unfinished), metadata=dict(metadata))
     unfinished.replace(path)
+
+
+def provenance(folder: str | Path, fmt: KVFormat, tokens: int, **about: str) -> dict[str, str]:
+    """Metadata of a scale file that calibration writes.
+
+    Args:
+        folder: the model.
+        fmt: what the file is for.
+        tokens: seen.
+        about: method and granularity where there are scales, data, engine, partial, and what else there is to say.
+    """
+    return {'format': fmt.name, 'model': Path(folder).name, 'fingerprint': fingerprint(folder), 'tokens': str(tokens),
+            'date': time.strftime('%Y-%m-%d', time.gmtime()), **about}
 
 
 def fingerprint(folder: str | Path) -> str:

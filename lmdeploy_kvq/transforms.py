@@ -75,10 +75,10 @@ class Transform:
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """fp32 [..., heads, dim], rows times matrix [heads or 1, dim, dim].
+    """fp32 rows [..., heads, dim] times matrix [heads or 1, dim, dim].
 
-    Rows are rounded to fp16 as multiples of a power of two near their largest element: bf16 rows lose only what is
-    2^-14 of the largest or less.
+    Rows are rounded to fp16 as multiples of a power of two near their largest element, which changes bf16 rows only
+    where they are 2^-14 of the largest or less.
     """
     rows = rows.float()
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=2.0**-126)

@@ -3,7 +3,8 @@
 
 A load ``decode:N`` is one new token of each of N sequences of about 2,000 tokens; ``prefill:N`` is one prompt of N
 tokens. ``copy_fraction``: bytes read and written at the bandwidth of a device-to-device copy measured in the same run,
-over the kernel's time.
+over the kernel's time. For decode, ours also prepares attention: it rotates the queries (GROUP per KV head) of formats
+with a rotation, and zeroes its counters.
 """
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from benchlib import graph_us, print_table, write_results
 from targets import VERDICT, verdicts
 
 import lmdeploy_kvq as kvq
+from lmdeploy_kvq.kernels.decode import Workspace
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
 
 COPIES = 8
+GROUP = 4
 
 
 def copy_bandwidth() -> float:
@@ -84,7 +87,11 @@ def main() -> None:
                     ours = [kvq.PagedCache.allocate(name, blocks, page, heads, dim) for _ in range(COPIES)]
                     layout = TokenLayout(q_start=q_start, q_lens=q_lens, kv_lens=lens, block_table=table,
                                          uniform_query_len=query_len)
-                    us = graph_us(lambda i: fill(data[i][0], data[i][1], ours[i], layout), COPIES)
+                    inputs: list = [None] * COPIES
+                    if query_len:
+                        query = torch.randn((tokens, GROUP * heads, dim), dtype=torch.bfloat16, device='cuda')
+                        inputs = [Workspace.allocate(query, cache, tokens, 1).inputs(query) for cache in ours]
+                    us = graph_us(lambda i: fill(data[i][0], data[i][1], ours[i], layout, inputs[i]), COPIES)
                     add('kvq', ours[0].format.policy, us, tokens * ours[0].nbytes // (blocks * page))
     print_table(rows, list(rows[0]))
     print_table(verdicts('fill', rows), VERDICT)

@@ -19,9 +19,10 @@ for part in "$@"; do
     run 330 kernels python3 -m pytest -q -n 6 -p no:cacheprovider tests/test_{fill,flatten,decode,merge,prefill,loading}.py &
     run 330 matrix python3 scripts/engine_matrix.py --jobs 7 --out "$out" &
     wait
-    run 150 accuracy python3 scripts/eval_engine.py --jobs 8 --out "$out" &
+    run 300 accuracy python3 scripts/eval_engine.py --jobs 8 --out "$out" &
     run 300 calibration python3 scripts/calibration_gain.py --engine --out "$out" &
     run 240 saturation python3 scripts/saturation_check.py &
+    run 300 served python3 scripts/served_calibration.py --out "$out" &
     run 120 sleep python3 scripts/sleep_check.py ~/models/smollm2 &
     wait
     run 100 cost python3 -m pytest -q -p no:cacheprovider tests/test_saturation.py

@@ -39,7 +39,8 @@ def recorded(cap: int):
             for name in vars(module):
                 if name.startswith('_') and name.endswith('_kernel'):
                     stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
-        stack.enter_context(mock.patch.object(decode, 'multiprocessors', lambda device: 132))
+        for module in (decode, fill):
+            stack.enter_context(mock.patch.object(module, 'multiprocessors', lambda device: 132))
         yield launches
 
 

@@ -11,6 +11,7 @@ import torch
 from aot import compile_launch, recorded
 
 import lmdeploy_kvq as kvq
+from lmdeploy_kvq.kernels.decode import Workspace, decode
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
 from lmdeploy_kvq.kernels.flatten import NewTokens, flatten
 from lmdeploy_kvq.kernels.merge import merge
@@ -26,14 +27,24 @@ def batch(cache: kvq.PagedCache, tokens: int, group: int) -> tuple[torch.Tensor,
     return query, key, value
 
 
+def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: kvq.PagedCache, layout: TokenLayout,
+         query_len: int, **features: object) -> None:
+    """The engine's two launches of a decode step."""
+    workspace = Workspace.allocate(query, cache, layout.kv_lens.size(0), query_len)
+    fill(key, value, cache, layout, workspace.inputs(query))
+    out = query.new_empty(*query.shape[:2], cache.v_head_dim)
+    decode(query, cache, layout.block_table, layout.kv_lens, out, query_len=query_len, sm_scale=0.1,
+           workspace=workspace, filled=True, **features)
+
+
 def plain(cache: kvq.PagedCache) -> None:
     """The engine's calls for a model with full attention: decode one token; prefill with history, in a piece."""
     query, key, value = batch(cache, 4, 2)
     n, table = torch.ones(4, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32)
-    fill(key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1))
+    step(query, key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1),
+         1)
     flatten(cache, table, n, key, value, 4, NewTokens(key, value, n, n))
     merge(query, torch.zeros(query.size(1), 4), query, torch.zeros(query.size(1), 4), query)
-    kvq.paged_attention(query, cache, table, n)
 
 
 def everything(cache: kvq.PagedCache) -> None:
@@ -41,11 +52,10 @@ def everything(cache: kvq.PagedCache) -> None:
     query, key, value = batch(cache, 75, 7)
     n, table = torch.ones(25, dtype=torch.int64), torch.zeros(25, 2, dtype=torch.int32)
     slopes = torch.ones(query.size(1))
-    fill(key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table))
+    step(query, key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table), 3, window=100,
+         softcap=30.0, sinks=slopes.bfloat16(), alibi_slopes=slopes)
     flatten(cache, table, n, key, value, 75, NewTokens(key, value, n, n), n)
     merge(value, torch.zeros(8, 75), value, torch.zeros(8, 75), value.float())
-    kvq.paged_attention(query, cache, table, n, query_len=3, window=100, softcap=30.0, sinks=slopes.bfloat16(),
-                        alibi_slopes=slopes)
 
 
 def explicit(cache: kvq.PagedCache) -> None:
@@ -55,16 +65,26 @@ def explicit(cache: kvq.PagedCache) -> None:
     kvq.flatten(cache, torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), DTYPE)
 
 
+CASES = {plain: (64, (128, 128)), everything: (16, (80, 96)), explicit: (64, (64, 64))}
+"""Page size and head sizes of each case."""
+
+FIRST_AND_HOPPER = (80, 90)
+
+
 def main(capability: int, out: Path) -> None:
-    """Record and compile every case for every format."""
-    results = []
+    """Record and compile for every format: what engines do most for every GPU, the rest for the oldest and Hopper."""
+    results, done = [], {}
     for fmt in kvq.FORMATS:
-        for case, block_size, dims in ((plain, 64, (128, 128)), (everything, 16, (80, 96)), (explicit, 64, (64, 64))):
+        for case, (block_size, dims) in CASES.items():
+            if case is not plain and capability not in FIRST_AND_HOPPER:
+                continue
             cache = kvq.PagedCache.allocate(fmt, 4, block_size, 8, *dims, device='cpu')
             with recorded(capability) as launches:
                 case(cache)
             for kernel, args, kwargs in launches:
-                compiled = compile_launch(kernel, args, kwargs, capability)
+                same = (kernel.__name__, case) if kernel.__name__ == '_merge_kernel' else None  # formats do not matter
+                compiled = done.get(same) or compile_launch(kernel, args, kwargs, capability)
+                done[same] = compiled if same else None
                 results.append({'format': fmt.name, 'case': case.__name__, 'kernel': kernel.__name__,
                                 'ptx': compiled.asm['ptx'], 'shared': compiled.metadata.shared,
                                 'num_warps': compiled.metadata.num_warps, 'maxnreg': kwargs.get('maxnreg'),

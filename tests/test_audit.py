@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_loading import add_scales, load, value, write_model
 
-from lmdeploy_kvq import FORMATS, cli, doctor
+from lmdeploy_kvq import FORMATS, cli, modelcheck
 from lmdeploy_kvq.backends import audit
 from lmdeploy_kvq.backends.loading import SCALES, settle
 from lmdeploy_kvq.console import UserError
@@ -85,25 +85,54 @@ def test_the_command_prints_the_table(folder, tmp_path, capsys):
 
 
 def test_what_the_engine_refuses_is_the_problem(folder, tmp_path):
-    assert 'strict: no scales for 2 of 2 layers' in doctor.audit(str(folder), 'fp8', 'strict')['problems'][0]
-    assert doctor.audit(str(folder), 'fp8_e5m2', '')['problems'] == [], 'e5m2 has range to spare'
+    assert 'strict: no scales for 2 of 2 layers' in modelcheck.audit(str(folder), 'fp8', 'strict')['problems'][0]
+    assert modelcheck.audit(str(folder), 'fp8_e5m2', '')['problems'] == [], 'e5m2 has range to spare'
     path = tmp_path / 'wide.safetensors'
     write_file(path, {n: (value(0.1), value(0.1)) for n in range(2)}, {'format': 'fp8_e5m2'})
-    assert 'is for fp8_e5m2' in doctor.audit(str(folder), 'fp8', str(path))['problems'][0]
-    assert doctor.audit(str(folder), 'fp8_e5m2', str(path))['problems'] == []
+    assert 'is for fp8_e5m2' in modelcheck.audit(str(folder), 'fp8', str(path))['problems'][0]
+    assert modelcheck.audit(str(folder), 'fp8_e5m2', str(path))['problems'] == []
     add_scales(folder, {'model.layers.0.self_attn.k_scale': value(0.0)})
-    assert 'k_scale is 0' in doctor.audit(str(folder), 'fp8', '')['problems'][0]
+    assert 'k_scale is 0' in modelcheck.audit(str(folder), 'fp8', '')['problems'][0]
+
+
+def test_formats_that_can_store_a_model(folder, capsys):
+    """Qwen3's heads can be stored by all; with heads of another size none can, and the engine's words say why."""
+    found = modelcheck.check_model(str(folder))
+    assert found['architecture'] == 'Qwen3ForCausalLM' and found['cache']['layers'] == 2
+    assert [row['name'] for row in found['formats']] == [fmt.name for fmt in FORMATS]
+    assert all(row['supported'] for row in found['formats']) and len(found['layers']) == 2
+    for fmt in FORMATS:
+        if fmt.per_token_head:
+            found = modelcheck.check_model(str(folder), fmt.name)
+            sources = [row['source'] for row in found['layers']]
+            assert sources == (['default'] * 2 if fmt.takes_transform else [])
+            assert found['problems'] == [] and found['format'] == fmt.name
+    config = folder / 'config.json'
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'head_dim': 20}))
+    found = modelcheck.check_model(str(folder))
+    assert not any(row['supported'] for row in found['formats']) and len(found['problems']) == 1
+    assert 'head_dim 20 is not supported' in found['problems'][0]
+    assert cli.main(['doctor', '--model', str(folder), '--quant-policy', FORMATS[0].name]) == 1
+    text = ' '.join(capsys.readouterr().out.split())
+    assert text.count(f'{FORMATS[0].name}: head_dim 20 is not supported') == 1 and not text.endswith('OK')
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"architectures": ["NoSuchForCausalLM"], "model_type": "none"}'])
+def test_configurations_that_lmdeploy_cannot_read(tmp_path, content, capsys):
+    (tmp_path / 'config.json').write_text(content)
+    assert cli.main(['doctor', '--model', str(tmp_path)]) == 2
+    assert f'LMDeploy cannot read {tmp_path}' in capsys.readouterr().err
 
 
 def test_mistakes(folder):
     for fmt in FORMATS:
         if fmt.per_token_head and not fmt.takes_transform:
             with pytest.raises(UserError, match=f'{fmt.name} computes its scales as tokens are written'):
-                doctor.audit(str(folder), fmt.name)
+                modelcheck.audit(str(folder), fmt.name)
     with pytest.raises(UserError, match='unknown KV cache format'):
-        doctor.audit(str(folder), 'fp9')
+        modelcheck.audit(str(folder), 'fp9')
     with pytest.raises(UserError, match='is no model'):
-        doctor.audit('/nowhere/at/all', 'fp8')
+        modelcheck.audit('/nowhere/at/all', 'fp8')
 
 
 def test_a_file_of_another_model_is_used_with_a_warning(folder, caplog):

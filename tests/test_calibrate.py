@@ -121,6 +121,19 @@ def test_the_command_writes_a_file_that_fits_the_model(folder, tmp_path, capsys)
             torch.testing.assert_close(mine, theirs)
 
 
+def test_calibrating_from_python(folder, tmp_path):
+    """The function returns what the file has."""
+    settings = calibrate.Settings(tokens=200, length=100, new_tokens=2, engine='transformers', granularity='head')
+    found = calibrate.calibrate(str(folder), tmp_path / 's.safetensors', settings=settings)
+    assert (found.path, found.format, found.tokens, found.partial) == (
+        tmp_path / 's.safetensors', calibrate.STATIC[0].name, 202, False)
+    file = read_file(found.path)
+    for layer, pair in found.scales.items():
+        assert pair[0].shape == (KV_HEADS, )
+        for mine, theirs in zip(pair, file.layers[layer].resolved('')[:2]):
+            torch.testing.assert_close(mine, theirs)
+
+
 def test_standard_input_per_head_and_methods(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'scales.safetensors'
     fmt = calibrate.STATIC[-1]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import lmdeploy_kvq as kvq
-from lmdeploy_kvq import capacity, cli, console, doctor, environment
+from lmdeploy_kvq import capacity, cli, console, doctor, environment, formatcheck
 
 
 def command(*arguments, **env):
@@ -64,15 +64,75 @@ def test_hook_is_active_here_and_in_a_new_process(report, text):
 def test_every_format_is_listed(report, text):
     shape = capacity.CacheShape(1, 8, 128)
     lines = section(text, 'Formats')[2:]
-    warned = ' '.join(lines[len(kvq.FORMATS):])
+    warned = ' '.join(text.split())
     for fmt in kvq.FORMATS:
         assert (f'{fmt.name} is EXPERIMENTAL' in warned) == bool(fmt.experimental)
-    for fmt, row, line in zip(kvq.FORMATS, report['formats'], lines[:len(kvq.FORMATS)], strict=True):
+    for fmt, row, line in zip(kvq.FORMATS, report['formats'], lines):  # reasons may stand below
         assert (row['name'], row['policy'], tuple(row['aliases'])) == (fmt.name, fmt.policy, fmt.aliases)
         share = capacity.bytes_per_token(fmt, shape) / capacity.bf16_bytes_per_token(shape)
         assert row['bytes_against_bf16'] == pytest.approx(share)
         assert line.split() == [fmt.name, str(fmt.policy), f'{fmt.bits_per_element(128):.2f}', f'{share:.1%}',
-                                *fmt.aliases]
+                                'yes' if row['supported'] else 'no', *fmt.aliases]
+
+
+def test_whether_a_format_is_served_here(report, text):
+    """With a GPU of Ampere or newer every format is; without one none, and the reason stands once."""
+    usable = any(tuple(map(int, gpu['compute_capability'].split('.'))) >= (8, 0) for gpu in report['gpus'])
+    assert {row['supported'] for row in report['formats']} == {usable}
+    if not report['gpus']:
+        assert text.count('  no: there is no CUDA GPU here') == 1
+
+
+def gpu(capability, conversion='hardware', name='card'):
+    return {'name': name, 'compute_capability': capability, 'memory_gib': 80.0, 'fp8_conversion': conversion}
+
+
+def test_reasons_follow_the_gpu():
+    def rows(*gpus, active=True):
+        return formatcheck.format_rows(list(gpus), active)
+
+    assert all(row['supported'] and not row['reason'] for row in rows(gpu('9.0')))
+    assert all('8.0 or newer is needed; here 7.5' in row['reason'] and not row['supported'] for row in rows(gpu('7.5')))
+    assert all('does not use this package' in row['reason'] for row in rows(gpu('9.0'), active=False))
+    mixed = {row['name']: row for row in rows(gpu('7.5'), gpu('8.0', 'integer decoding', 'A100'))}
+    assert all(row['supported'] for row in mixed.values())
+    for fmt in kvq.FORMATS:
+        fp8 = any(encoding.codec.name.startswith('e') for encoding in (fmt.key, fmt.value))
+        assert ('integer arithmetic on A100' in mixed[fmt.name]['reason']) == fp8
+    text = '\n'.join(formatcheck.format_lines(rows(gpu('7.5'))))
+    assert text.count('  no: compute capability') == 1
+
+
+def test_kernels_are_tried(device):
+    """On the GPU, or in the interpreter: every format, within the limit; and what fails is said."""
+    rows = formatcheck.format_rows([], True)
+    assert formatcheck.run_kernels(rows) == []
+    assert all(0 < row['kernel_error'] < formatcheck.MAX_KERNEL_ERROR for row in rows)
+    with pytest.MonkeyPatch.context() as patch:
+        errors = iter([float('nan'), *[0.5] * (len(rows) - 1)])
+        patch.setattr(formatcheck, 'try_kernels', lambda fmt: next(errors))
+        assert all('are wrong here' in problem for problem in formatcheck.run_kernels(rows))
+
+        def fail(fmt):
+            raise RuntimeError('ptxas: no such file\nmore')
+
+        patch.setattr(formatcheck, 'try_kernels', fail)
+        problems = formatcheck.run_kernels(rows)
+    assert len(problems) == len(rows) and all('RuntimeError: ptxas: no such file.' in problem for problem in problems)
+    assert 'failed' in formatcheck.format_lines(rows)[0]
+
+
+@pytest.mark.skipif(os.path.exists('/dev/nvidia0'), reason='kernels run here')
+def test_kernels_need_a_gpu():
+    done = command('doctor', '--kernels')
+    assert done.returncode == 2 and 'needs a CUDA GPU' in done.stderr and not done.stdout
+
+
+def test_the_report_has_no_secrets():
+    done = command('doctor', '--json', LMDEPLOY_API_KEY='abc', TRITON_CACHE_DIR='/tmp/triton-x')
+    environment = json.loads(done.stdout)['environment']
+    assert environment['TRITON_CACHE_DIR'] == '/tmp/triton-x' and 'abc' not in done.stdout
+    assert {'system', 'python'} <= json.loads(done.stdout)['machine'].keys()
 
 
 def test_every_patch_is_listed_and_applied(report, text):
@@ -172,7 +232,13 @@ def test_find_out_without_installing_the_entry_point():
 
 @pytest.mark.parametrize('arguments, says', [
     ((), 'usage: lmdeploy-kvq'), (('docter', ), "invalid choice: 'docter'"), (('doctor', '--jsn'), 'unrecognized'),
-    (('doctor', 'extra'), 'unrecognized'),
+    (('doctor', 'extra'), 'unrecognized'), (('doctor', '--quant-policy', 'fp8'), 'give --model MODEL'),
+    (('doctor', '--model', '/nowhere/at/all'), 'is no model'), (('calibrate', '--percentile', 'x', 'M'), 'not above 0'),
+    (('calibrate', '/nowhere/at/all'), 'is no model'), (('plan', '/nowhere/at/all'), 'there is no'),
+    (('eval', '/nowhere/at/all'), 'is no model'), (('eval', ), 'give a MODEL'),
+    (('eval', '--task', 'gsm8k'), 'give --server'), (('eval', '--server', 'http://x'), 'needs --task'),
+    (('eval', 'M', '--budget', '0'), 'not a number above 0'), (('eval', 'M', '--json', '/nowhere/x.json'), 'no folder'),
+    (('eval', 'M', '--plot', 'x.bmp'), '.png, .svg or .pdf'), (('eval', 'M', '--formats', ','), 'separated by commas'),
 ])
 def test_mistakes_end_without_a_traceback(arguments, says):
     done = command(*arguments)
@@ -180,9 +246,13 @@ def test_mistakes_end_without_a_traceback(arguments, says):
 
 
 def test_help_and_version_need_no_torch():
-    for arguments in (('--help', ), ('--version', ), ('doctor', '--help')):
+    for arguments in (('--help', ), ('--version', )):
         done = command(*arguments)
         assert done.returncode == 0 and 'lmdeploy-kvq' in done.stdout and not done.stderr
+    for row in cli.COMMANDS:
+        done = command(row.name, '--help')
+        assert done.returncode == 0 and 'examples:\n  ' in done.stdout and f'lmdeploy-kvq {row.name} ' in done.stdout
+        assert done.stdout.isascii() and not done.stderr
     code = 'import sys, lmdeploy_kvq.cli as c; c.build_parser(); assert not {"torch", "lmdeploy"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
 
@@ -213,7 +283,7 @@ def test_console_script():
 def test_output_into_a_closed_pipe():
     done = subprocess.run(f'"{sys.executable}" -m lmdeploy_kvq.cli doctor | head -n 1', shell=True, check=True,
                           capture_output=True, text=True, timeout=120)
-    assert done.stdout == 'Versions\n' and 'BrokenPipe' not in done.stderr
+    assert done.stdout == 'Machine\n' and 'BrokenPipe' not in done.stderr
 
 
 def test_tables_align():

@@ -210,7 +210,8 @@ def test_rows_of_zeros_in_the_cache(fmt, device):
             setattr(p.cache, name, torch.ones((), device=device))
     reference.reshape_and_cache(p.key, p.value, p.cache, p.slots)
     out = kvq.paged_attention(queries(p, 1, 4), p.cache, p.block_table, p.kv_lens, sinks=sinks(8, device))
-    assert torch.equal(out, torch.zeros_like(out))
+    # A grid of 4 or 2 bits has no zero: its codes of least magnitude, times the smallest scale, are next to nothing.
+    assert out.abs().max() <= (0 if fmt.value.codec.offset == round(fmt.value.codec.offset) else 1e-5)
 
 
 @pytest.mark.parametrize('fmt', WITH_STATIC, ids=by_name)

@@ -122,6 +122,14 @@ def test_calibrated_scales_serve_keys_beyond_the_range(tmp_path):
     assert rows['rescaled', '1.0'] > 10 * rows['original', '1.0'], 'scale 1.0 must show the difference'
 
 
+@pytest.mark.xdist_group('served')
+def test_calibration_while_serving(tmp_path):
+    """Through the stock pipeline: exact, then scales in place, a file, and the same after a restart."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'served_calibration.py', '--model', MODEL, '--out', tmp_path],
+                          text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
 @pytest.mark.xdist_group('metrics')
 def test_the_metrics_endpoint_shows_saturation():
     """Behind the stock server: keys beyond the range are seen with scale 1.0, and not once calibrated."""
@@ -135,3 +143,33 @@ def test_calibrated_transforms_gain_through_the_engine(tmp_path):
     done = subprocess.run([sys.executable, SCRIPTS / 'transform_gain.py', '--model', MODEL, '--out', tmp_path],
                           text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def test_eval_measures_through_the_engine(tmp_path):
+    """By the command: a format of ours and one of LMDeploy's, the floor, sizes that the engine allocated, layers."""
+    from lmdeploy_kvq import capacity
+    from lmdeploy_kvq.plan import Settings, cache_shape, read_model
+    fmt = FORMATS[0]
+    out = tmp_path / 'eval.json'
+    command = [sys.executable, '-m', 'lmdeploy_kvq.cli', 'eval', MODEL, '--formats', f'{fmt.name},int4', '--tokens',
+               '4k', '--length', '512', '--needles', '512,1k', '--new-tokens', '16', '--jobs', '3', '--per-layer',
+               fmt.name, '--budget', '0.05', '--json', str(out), '--plot', str(tmp_path / 'eval.png')]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    data = json.loads(out.read_text())
+    rows = {row['format']: row for row in data['rows']}
+    assert list(rows) == ['none', 'none again', fmt.name, 'int4'] and data['engine'] == 'lmdeploy'
+    assert rows['none']['mean_kl'] == 0 and rows['none again']['mean_kl'] <= rows[fmt.name]['mean_kl']
+    assert 0 < rows[fmt.name]['mean_kl'] < 0.01 < rows['int4']['mean_kl'] < 1
+    assert rows[fmt.name]['greedy_agreement'] >= rows['int4']['greedy_agreement'] - 2
+    shape = cache_shape(read_model(Path(MODEL)), Settings(1))
+    for name, stored in (('none', None), (fmt.name, fmt)):
+        # the rows have what the engine allocated
+        assert rows[name]['bytes_per_token'] == pytest.approx(capacity.bytes_per_token(stored, shape), rel=0.01)
+    assert rows['int4']['bytes_per_token'] < rows[fmt.name]['bytes_per_token']
+    assert rows['int4']['tokens_that_fit'] > rows[fmt.name]['tokens_that_fit'] > rows['none']['tokens_that_fit']
+    for row in rows.values():
+        assert row['decode_against_prefill_worst_gap'] < 0.5, 'decoding follows what prefill predicts from the cache'
+        assert len(row['needles']) == 10
+    assert len(data['layers']) == shape.num_layers and f'--quant-policy {fmt.name}' in data['advice']
+    assert (tmp_path / 'eval.png').stat().st_size > 10_000

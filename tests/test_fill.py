@@ -7,6 +7,7 @@ from helpers import by_name, finite, problem, steps_apart
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
+from lmdeploy_kvq.formats import part_dim
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
 
 FORMATS = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
@@ -20,35 +21,50 @@ def written(p, **changes):
     return p, expected
 
 
-def by_token(rows: torch.Tensor, dim: int) -> torch.Tensor:
-    """``k_rows`` or ``v_rows`` as [blocks, tokens, kv_heads, dim], padding left out."""
-    return rows.flatten(5).flatten(2, 4)[..., :dim].transpose(1, 2)
+def by_token(rows: torch.Tensor) -> torch.Tensor:
+    """``k_rows`` or ``v_rows`` as [blocks, tokens, kv_heads, bytes]."""
+    return rows.flatten(5).flatten(2, 4).transpose(1, 2)
+
+
+def on_the_grid(x: torch.Tensor, encoding, scale: torch.Tensor, transform) -> torch.Tensor:
+    """fp64: rows, rotated and divided by their step, before they are rounded to codes."""
+    x = x.float().clamp(-65504, 65504)
+    if encoding.rotation is not None:
+        x = transform.store(x)
+    if encoding.per_token_head:
+        size = x.abs().amax(-1) / encoding.codec.qmax if encoding.statistic == 'absmax' else x.square().mean(-1).sqrt()
+        scale = (size * encoding.shrink).clamp(min=1e-6)
+    return x.double() / scale.double()[..., None]
 
 
 def assert_same_tokens(p, expected, rare: float = 2e-2):
-    """Codes equal, or one apart at a rounding tie and rarely; scales to 1e-6; bytes that hold no token still 0xFF."""
+    """Codes equal, or one apart at a rounding tie and rarely; equal codes' scales to 1e-6; unused bytes still 0xFF."""
     fmt, slots = p.cache.format, p.slots
     block, offset = slots // p.cache.block_size, slots % p.cache.block_size
     unused = torch.ones(p.cache.num_blocks, p.cache.block_size, dtype=torch.bool, device=slots.device)
     unused[block, offset] = False
-    for encoding, scale, other in ((fmt.key, p.cache.k_scale, expected.cache.k_scale),
-                                   (fmt.value, p.cache.v_scale, expected.cache.v_scale)):
-        if encoding.per_token_head:
-            torch.testing.assert_close(scale[block, offset], other[block, offset], rtol=1e-6, atol=0)
-            assert scale[unused].isnan().all()
-    for x, encoding, scale, codes, other in (
-        (p.key, fmt.key, expected.cache.k_scale, p.cache.k_rows, expected.cache.k_rows),
-        (p.value, fmt.value, expected.cache.v_scale, p.cache.v_rows, expected.cache.v_rows),
+    for x, encoding, transform, scale, other_scale, rows, others in (
+        (p.key, fmt.key, p.cache.k_transform, p.cache.k_scale, expected.cache.k_scale, p.cache.k_rows,
+         expected.cache.k_rows),
+        (p.value, fmt.value, p.cache.v_transform, p.cache.v_scale, expected.cache.v_scale, p.cache.v_rows,
+         expected.cache.v_rows),
     ):
-        codes, other = (by_token(rows, x.size(-1)) for rows in (codes, other))
-        assert (codes[unused] == 0xFF).all()
-        codes, other = codes[block, offset], other[block, offset]
-        apart = steps_apart(codes, other, encoding.codec)
+        codec = encoding.codec
+        rows, others = by_token(rows), by_token(others)
+        assert (rows[unused] == 0xFF).all()
+        codes, other = (reference.unpack(r[block, offset], codec, x.size(-1)) for r in (rows, others))
+        apart = steps_apart(codes, other, codec)
         assert apart.max() <= 1 and (apart > 0).double().mean() < rare
-        scale = scale[block, offset] if encoding.per_token_head else scale
-        exact = (x.double().clamp(-65504, 65504) / scale.double()[..., None]).cpu()[apart > 0]
-        low, high = (reference.decode_codes(c.cpu(), encoding.codec)[apart > 0].double() for c in (codes, other))
-        assert ((exact - (low + high) / 2).abs() <= 3e-7 * exact.abs()).all()
+        exact = on_the_grid(x, encoding, scale, transform).cpu()[apart > 0]
+        low, high = (reference.decode_codes(c.cpu(), codec)[apart > 0].double() for c in (codes, other))
+        # A rotation sums as many products as a row is long, in another order.
+        error = 3e-7 * exact.abs() if encoding.rotation is None else 2e-6 * codec.qmax
+        assert ((exact - (low + high) / 2).abs() <= error).all()
+        if encoding.per_token_head:
+            assert scale[unused].isnan().all()
+            same = (apart == 0).all(-1).to(scale.device)
+            torch.testing.assert_close(scale[block, offset][same], other_scale[block, offset][same], atol=0,
+                                       rtol=1e-6 if encoding.rotation is None else 3e-6)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
@@ -79,7 +95,7 @@ def test_views_into_one_pool(fmt, lens, device):
     assert not p.cache.k_codes.is_contiguous() and not p.cache.v_codes.is_contiguous()
     assert_same_tokens(p, expected)
     changed = p.pool != 0xFF
-    per_token = 2 * p.cache.num_kv_heads * 80  # rows of 72, padded to whole groups
+    per_token = p.cache.num_kv_heads * sum(part_dim(72, e.codec.parts) for e in (fmt.key, fmt.value))
     scales = 4 * p.cache.num_kv_heads * sum(e.per_token_head for e in (fmt.key, fmt.value))
     assert changed.sum() <= sum(lens) * (per_token + scales)
 
@@ -170,7 +186,7 @@ def test_extreme_rows(fmt, device):
     reference.reshape_and_cache(p.key, p.value, expected.cache, p.slots)
     assert_same_tokens(p, expected)
     for x in reference.flatten(p.cache, p.block_table, p.kv_lens, torch.float32):
-        assert finite(x) and not x[:2].any()
+        assert finite(x) and x[:2].abs().max() < 1e-5  # grids of 4 and 2 bits have no zero
 
 
 @FORMATS

@@ -113,6 +113,15 @@ def test_models_it_cannot_plan_are_named(changes, words, written):
         read_model(written(**changes))
 
 
+@pytest.mark.parametrize('content', ['{', '[1]', '{"num_attention_heads": 0, "num_hidden_layers": 2, "hidden_size": 8}',
+                                     '{"num_attention_heads": "8", "num_hidden_layers": 2, "hidden_size": 8}',
+                                     '{"architectures": 3}'])
+def test_damaged_configurations_are_named(tmp_path, content, capsys):
+    (tmp_path / 'config.json').write_text(content)
+    assert cli.main(['plan', str(tmp_path), '--gpu-memory', '80G']) == 2
+    assert f'{tmp_path}/config.json' in capsys.readouterr().err
+
+
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(UserError, match='there is no'):
         read_model(tmp_path / 'nothing')

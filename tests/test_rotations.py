@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_loading import load, write_model
 
-from lmdeploy_kvq import FORMATS, doctor
+from lmdeploy_kvq import FORMATS, modelcheck
 from lmdeploy_kvq.backends import audit
 from lmdeploy_kvq.backends.attention import TRANSFORM
 from lmdeploy_kvq.backends.loading import SCALES, attention_layers, check_file, kv_heads, model_scales, settle
@@ -177,12 +177,12 @@ def test_which_file_is_meant(folder, monkeypatch):
 def test_doctor_says_where_transforms_come_from(folder):
     write(folder / FILE_NAME, BOTH, transform='balanced')
     for fmt in TAKING:
-        report = doctor.audit(str(folder), fmt.name)
+        report = modelcheck.check_model(str(folder), fmt.name)
         assert report['problems'] == []
         assert [row['k_transform'] for row in report['layers']] == ['balanced'] * 2
-        text = doctor.render_audit(report)
+        text = modelcheck.render_model(report)
         assert 'k_transform' in text and 'calibrated' in text and text.endswith('OK')
     for fmt in FORMATS:
         if fmt not in CALIBRATED:
             with pytest.raises(UserError, match='computes its scales as tokens are written'):
-                doctor.audit(str(folder), fmt.name)
+                modelcheck.audit(str(folder), fmt.name)

@@ -11,9 +11,8 @@ from ..kernels.decode import Workspace, decode
 from ..kernels.fill import TokenLayout, fill
 from ..paged import PagedCache
 from ..transforms import Transform
-from . import observer
+from . import calibrating, observer
 from .prefill import prefill, window_of
-
 
 TRANSFORM = '_kvq_k_transform'
 """Attribute of an attention implementation: the layer's calibrated transform of K, where it has one."""
@@ -32,6 +31,11 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
                         v_scales_zeros=v_scales_zeros, learnable_sink=learnable_sink, inplace=inplace, **kwargs)
     cache = page_views(fmt, k_cache, v_cache, query.size(-1), impl.v_head_size, k_scales_zeros, v_scales_zeros,
                        getattr(impl, TRANSFORM, None))
+    pending = getattr(impl, calibrating.ATTRIBUTE, None)
+    if pending is not None and pending.owner.active:
+        exact = pending.forward(query, key, value, cache, attn_metadata, learnable_sink)
+        if exact is not None:
+            return exact
     batch = attn_metadata.q_seqlens.size(0)
     query_len = query.size(0) // batch if attn_metadata.is_decoding else 0
     layout = TokenLayout(q_start=attn_metadata.q_start_loc, q_lens=attn_metadata.q_seqlens,

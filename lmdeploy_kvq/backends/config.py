@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lmdeploy.utils import get_logger
 
-from .._autoload import ENVIRONMENT, SCALES
+from .._autoload import CALIBRATE, ENVIRONMENT, SCALES
 from ..formats import FORMATS, KVFormat, find_format, format_names
 from ..patching import Undo
 
@@ -113,9 +113,21 @@ def quant_policy_argument(original: Callable[..., argparse.Action], parser: Any,
                         help='lmdeploy_kvq: scale file for formats with static scales, or calibrated transforms '
                         '(default: kv_scales.safetensors beside the model, else the checkpoint\'s scales, else 1.0; '
                         'transforms: else Hadamard); "strict" refuses layers without.')
+    parser.add_argument('--kv-calibrate', metavar='N[,head]', type=_calibrate, default=None,
+                        help='lmdeploy_kvq: where there is no scale file yet, serve the first N tokens unquantized, '
+                        'find the scales of fp8 or fp8_e5m2 on them and write that file; "head": one per KV head.')
     ours = '; '.join(f'{fmt.name} ({fmt.policy}): {fmt.label}' for fmt in FORMATS)
     action.help = f'{action.help} lmdeploy_kvq, PyTorch engine: {ours}.'.replace('%', '%%')
     return action
+
+
+def _calibrate(text: str) -> str:
+    from .asked import parse
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 class _DefaultBackend(str):
@@ -138,6 +150,14 @@ def run_with_backend(original: Callable[..., Any], args: argparse.Namespace) -> 
     if scales is not None:  # workers inherit the environment; none of them sees the command line
         os.environ[SCALES] = scales if scales == 'strict' else os.path.abspath(scales)
     fmt = find_format(getattr(args, 'quant_policy', 0))
+    calibrate = vars(args).pop('kv_calibrate', None)
+    if calibrate is not None:
+        from .asked import check_format
+        try:
+            check_format(fmt)
+        except ValueError as error:
+            sys.exit(f'lmdeploy: error: {error}')
+        os.environ[CALIBRATE] = calibrate
     if fmt is not None and args.backend != 'pytorch':
         if not isinstance(args.backend, _DefaultBackend):
             sys.exit(f'lmdeploy: error: --quant-policy {fmt.name} runs on the PyTorch engine; drop --backend '

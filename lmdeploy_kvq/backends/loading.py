@@ -12,13 +12,14 @@ import torch
 from lmdeploy.utils import get_logger
 
 from .._autoload import SCALES
-from ..formats import FORMATS, KVFormat, find_format
+from ..formats import KVFormat, find_format
 from ..reference import MAX_INPUT
 from ..scales import (
     FILE_NAME,
     LayerScales,
     ScaleError,
     ScaleFile,
+    check_format,
     fingerprint,
     parse_name,
     read_file,
@@ -27,9 +28,14 @@ from ..scales import (
     validate_transforms,
 )
 from . import observer, rotations
+from .asked import requested
+from .calibrating import Calibration
 from .checkpoints import advise, declares_fp8_cache
 
 logger = get_logger('lmdeploy')
+
+PENDING = 'pending'
+"""Source of scales that will be found while serving."""
 
 
 @dataclass
@@ -42,12 +48,14 @@ class ModelScales:
         settled: the policy is known. What arrives then (live weight updates) is applied at once, or ignored.
         format: the format served if it has static scales.
         transforms: what identifies the transforms that K and V are stored with; empty without any.
+        calibration: finds the scales while serving; None: it does not, or has.
     """
     layers: dict[str, LayerScales] = field(default_factory=dict)
     heads: tuple[int, int, int] = (1, 0, 1)
     settled: bool = False
     format: KVFormat | None = None
     transforms: str = ''
+    calibration: Calibration | None = None
 
 
 def attention_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -92,7 +100,7 @@ def _collect(model: torch.nn.Module, layer: str, kind: str, name: str, weight: t
     found = before.add(kind, name, weight)
     if store.settled and found is not before:
         k, v, _ = found.resolved(layer)
-        _apply(attention_layers(model)[layer], k, v, store)
+        apply(attention_layers(model)[layer], k, v, store)
     store.layers[layer] = found
 
 
@@ -109,7 +117,10 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
     A level-2 wake-up builds the model again and reads no weights: the new one takes over what the old one knew, live
     updates included. An engine that starts without weights reads the checkpoint's scales by themselves.
     """
+    from . import freezing  # which builds upon this module
     before = agent.patched_model
+    if before is not None:
+        freezing.end(bare_model(before))
     original(agent)
     from lmdeploy.pytorch.distributed import get_tp_world_rank
     model, policy = bare_model(agent.patched_model), agent.cache_config.quant_policy
@@ -122,7 +133,10 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
             and not declares_fp8_cache(agent.model_config.hf_config):  # what is declared was said before loading
         advise('the checkpoint carries scales of an FP8 KV cache')
     world_size, rank = get_tp_world_rank('attn')
-    settle(model, policy, agent.model_path, kv_heads(agent.model_config), rank, world_size, quiet=agent.rank != 0)
+    audit = settle(model, policy, agent.model_path, kv_heads(agent.model_config), rank, world_size,
+                   quiet=agent.rank != 0)
+    if any(row[3] == PENDING for row in audit):
+        freezing.begin(model, agent)
     if observer.ACTIVE is not None:
         observer.ACTIVE.attach({layer_index(name): module for name, module in attention_layers(model).items()})
 
@@ -161,7 +175,9 @@ def collect_checkpoint(model: torch.nn.Module, model_path: str) -> None:
 
 def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_heads: int, rank: int = 0,
            world_size: int = 1, quiet: bool = False) -> list[tuple[str, str, str, str]]:
-    """Decide every layer's scales (file, then checkpoint, then 1.0), fill the buffers, and say where they came from.
+    """Decide every layer's scales, fill the buffers, and say where they came from.
+
+    File, then checkpoint, then 1.0; where calibration while serving is asked for, file, then pending.
 
     Args:
         model: LMDeploy's model, weights loaded.
@@ -184,24 +200,29 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
         heads = (num_kv_heads, rank, world_size)
         return [] if fmt is None else _settle_transforms(fmt, model, model_path, heads, quiet)
     store.settled, store.format, store.heads = True, fmt, (num_kv_heads, rank, world_size)
-    path, strict = scale_file(model_path)
+    (path, strict), request = scale_file(model_path), requested()
     layers = attention_layers(model)
     file = rotations.usable(None if path is None else read_file(path), fmt)
     if file is not None:
         validate(file, map(layer_index, layers), num_kv_heads)
         store.layers = {name: file.layers[layer_index(name)] for name in layers}
+    elif request is not None and any(name not in store.layers or store.layers[name].source != 'calibrated'
+                                     for name in layers):
+        one = torch.ones(num_kv_heads if request.granularity == 'head' else ())  # as CUDA graphs will find them
+        store.layers = dict.fromkeys(layers, LayerScales(one, one, source=PENDING))
     audit = []
     for name, module in layers.items():
-        k, v, source = store.layers.get(name, LayerScales()).resolved(name)
-        _apply(module, k, v, store)
-        audit.append((name, _text(k), _text(v), source))
+        found = store.layers.get(name, LayerScales())
+        k, v, _ = found.resolved(name)
+        apply(module, k, v, store)
+        audit.append((name, *shown(found, name)))
     defaults = [row[0] for row in audit if row[3] == 'default']
     if strict and defaults:
         raise ScaleError(f'--kv-scales strict: no scales for {len(defaults)} of {len(audit)} layers, the first is '
                          f'{defaults[0]}; run lmdeploy-kvq calibrate MODEL -o MODEL/{FILE_NAME}, or serve a '
                          'per-token-head format')
     if not quiet:
-        _report(fmt, audit, path)
+        report(fmt, audit, path)
     return audit
 
 
@@ -222,11 +243,20 @@ def scale_file(model_path: str) -> tuple[str | None, bool]:
 
     ``--kv-scales`` sets the environment variable: a path, or ``strict``.
     """
+    path, given = scale_path(model_path), os.environ.get(SCALES, '').strip()
+    named = given not in ('', 'strict') and requested() is None  # to be read, and an error if it is not there
+    return (str(path) if named or path.is_file() else None), given == 'strict'
+
+
+def scale_path(model_path: str) -> Path:
+    """Where the scale file is, or will be once scales are calibrated while serving."""
     given = os.environ.get(SCALES, '').strip()
-    beside = Path(model_path or '.') / FILE_NAME
-    if given and given != 'strict':
-        return given, False
-    return (str(beside) if beside.is_file() else None), given == 'strict'
+    return Path(given) if given not in ('', 'strict') else Path(model_path or '.') / FILE_NAME
+
+
+def kv_heads(model_config: Any) -> int:
+    """KV heads of a model; LMDeploy counts those that it replicates for tensor parallelism several times."""
+    return model_config.num_key_value_heads // model_config.num_replicate_key_value_heads
 
 
 def layer_index(name: str) -> int:
@@ -235,11 +265,6 @@ def layer_index(name: str) -> int:
     if not numbers:
         raise ScaleError(f'{name}: the layer has no number, so a scale file cannot name it')
     return int(numbers[-1])
-
-
-def kv_heads(model_config: Any) -> int:
-    """KV heads of the model itself: where there are more ranks than those, LMDeploy counts every rank's copy."""
-    return model_config.num_key_value_heads // model_config.num_replicate_key_value_heads
 
 
 def check_file(model_config: Any, quant_policy: int) -> None:
@@ -269,11 +294,7 @@ def check_origin(file: ScaleFile, fmt: KVFormat, model_path: str) -> None:
     Raises:
         ScaleError: scales made for a wider format: nearly all values would saturate.
     """
-    made_for = next((f for f in FORMATS if f.name == file.metadata.get('format')), fmt)
-    wider = made_for.key.codec.qmax > fmt.key.codec.qmax or made_for.value.codec.qmax > fmt.value.codec.qmax
-    if wider and fmt.needs_scales and made_for.needs_scales:
-        raise ScaleError(f'scale file {file.path} is for {made_for.name}, whose codes reach further than those of '
-                         f'{fmt.name}; run lmdeploy-kvq calibrate --format {fmt.name}, or serve {made_for.name}')
+    check_format(file, fmt)
     theirs = file.metadata.get('fingerprint')
     if theirs and Path(model_path, 'config.json').is_file() and theirs != fingerprint(model_path):
         logger.warning(f'lmdeploy_kvq: scale file {file.path} was made for another model '
@@ -281,7 +302,7 @@ def check_origin(file: ScaleFile, fmt: KVFormat, model_path: str) -> None:
 
 
 @torch.inference_mode()  # LMDeploy makes its buffers inference tensors
-def _apply(module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, store: ModelScales) -> None:
+def apply(module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, store: ModelScales) -> None:
     """Fill a layer's buffers in place: CUDA graphs keep their addresses. A first per-head scale makes a new buffer."""
     for name, scale in (('k_scale', k), ('v_scale', v)):
         buffer, part = getattr(module, name), shard(scale, *store.heads)
@@ -293,11 +314,18 @@ def _apply(module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, store: Mod
             setattr(module, name, part.to(buffer.device))
 
 
+def shown(scales: LayerScales, name: str) -> tuple[str, str, str]:
+    """A row of the audit behind its name: K scale, V scale, source."""
+    k, v, source = scales.resolved(name)
+    return _text(k), _text(v), source
+
+
 def _text(scale: torch.Tensor) -> str:
     return f'{float(scale):.6g}' if scale.numel() == 1 else f'{float(scale.min()):.6g}..{float(scale.max()):.6g}'
 
 
-def _report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], path: str | None) -> None:
+def report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], path: str | None) -> None:
+    """Log the audit."""
     width = max((len(row[0]) for row in audit), default=0)
     lines = [f'{name:<{width}}  k_scale {k:<12}  v_scale {v:<12}  {source}' for name, k, v, source in audit]
     logger.info('lmdeploy_kvq: scales of %s%s\n%s', fmt.name, f' from {path}' if path else '', '\n'.join(lines))

@@ -74,7 +74,7 @@ def prefill(impl: Any, query: torch.Tensor, key: torch.Tensor | None, value: tor
     if key is not None and value is not None and not prefill_reads_cache():
         raw = NewTokens(key, value, meta.q_start_loc, meta.q_seqlens)
         if rows == tokens:
-            return _dense_attention(impl, query, key, value, meta, meta.cu_seqlens_q, sink)
+            return dense_attention(impl, query, key, value, meta, meta.cu_seqlens_q, sink)
     first, cu_seqlens = None, meta.cu_seqlens_k
     if window is not None and window < meta.max_kv_seqlen - 1:  # else it hides nothing
         rows = min(rows, tokens + window * meta.q_seqlens.size(0))
@@ -86,7 +86,7 @@ def prefill(impl: Any, query: torch.Tensor, key: torch.Tensor | None, value: tor
             return _attention_in_pieces(impl, query, cache, meta, raw, piece_rows)
     dense = _workspace(cache, rows, query.dtype)
     flatten(cache, meta.block_offsets, meta.kv_seqlens, *dense, rows, raw, first)
-    return _dense_attention(impl, query, *dense, meta, cu_seqlens, sink)
+    return dense_attention(impl, query, *dense, meta, cu_seqlens, sink)
 
 
 def _workspace(cache: PagedCache, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +96,7 @@ def _workspace(cache: PagedCache, rows: int, dtype: torch.dtype) -> tuple[torch.
     return key, value
 
 
-def _dense_attention(impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, meta: Any,
+def dense_attention(impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, meta: Any,
                      cu_seqlens_k: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
     """The engine's dense attention, causal and windowed as the layer is.
 

@@ -12,6 +12,7 @@ from .._autoload import SCALES
 from ..formats import KVFormat
 from ..scales import FILE_NAME, ScaleError, ScaleFile, shard
 from ..transforms import digest_of, from_matrix, hadamard
+from .asked import requested
 from .attention import TRANSFORM
 
 logger = get_logger('lmdeploy')
@@ -24,7 +25,7 @@ def usable(file: ScaleFile | None, fmt: KVFormat) -> ScaleFile | None:
     """The file if it holds what the format takes; None for a file beside the model that was made for other formats.
 
     Raises:
-        ScaleError: a file that the user named, without it.
+        ScaleError: a file that the user named, without it; or one that calibration while serving would replace.
     """
     if file is None or (file.layers if fmt.needs_scales else file.transforms):
         return file
@@ -32,6 +33,9 @@ def usable(file: ScaleFile | None, fmt: KVFormat) -> ScaleFile | None:
         what, how = ('scales', '') if fmt.needs_scales else ('transforms (k_transform)', ' --transform balanced')
         raise ScaleError(f'scale file {file.path} has no {what}, which {fmt.name} would take from it; run lmdeploy-kvq '
                          f'calibrate MODEL --format {fmt.name}{how}, or leave --kv-scales out')
+    if fmt.needs_scales and requested() is not None:
+        raise ScaleError(f'--kv-calibrate: scale file {file.path} holds transforms and no scales, and would be '
+                         'replaced; name another file to write with --kv-scales PATH')
     return None
 
 

@@ -1,7 +1,7 @@
 """One step of online softmax over a tile of quantized K and V, for decode: the innermost loop of this package.
 
 K's scale multiplies the scores and V's scale the probabilities, so that no tile is ever dequantized; codes only become
-fp16, exactly, with the offset of integer formats still in them. It is taken out of sums: ``sum q (n - c) = sum q n - c
+fp16, exactly, with an offset of integer formats still in them. It is taken out of sums: ``sum q (n - c) = sum q n - c
 sum q`` for the scores, and likewise for the output.
 """
 from __future__ import annotations
@@ -39,13 +39,6 @@ def prefetch_tile(table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb, P
         _prefetch(k_ptr + (block * stride_kb + offset * PART)[:, None] + line, line < 16 * PART)
         line = (tl.arange(0, BLOCK_PV // 8) * 128)[None, :]
         _prefetch(v_ptr + (block * stride_vb + offset * PARTV)[:, None] + line, line < 16 * PARTV)
-
-
-@triton.jit
-def _softcap(score, SOFTCAP: tl.constexpr):
-    """SOFTCAP * tanh(score / SOFTCAP), scores in units of log2."""
-    scale: tl.constexpr = 2.0 / SOFTCAP
-    return (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(score * scale) + 1.0))
 
 
 @triton.jit
@@ -149,7 +142,7 @@ def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, til
     score = tl.zeros([BLOCK_N, m.shape[0]], tl.float32)
     if OFFSET > 0.0:
         score += correction[None, :]
-    k = DECODE(k_codes, CAP)
+    k = DECODE(k_codes, False, CAP)
     for part in tl.static_range(PARTS):
         score = tl.dot(key_rows(k[part]), queries[part], score)
     score = score * row_scale[None, :]
@@ -172,9 +165,9 @@ def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, til
         p = p * v_scale[:, None]
     p = p.to(tl.float16)
     weight_new = weight
-    if OFFSETV > 0.0:
+    if OFFSETV != 0.0:
         weight_new = weight * alpha[None, :] + _sum_in_lanes(p.to(tl.float32), WARPS)
-    v = DECODEV(v_codes, CAP)
+    v = DECODEV(v_codes, True, CAP)
     new_accs = ()
     for part in tl.static_range(PARTSV):
         # A NaN or inf code in a slot that no row sees would survive its probability of zero.

@@ -3,11 +3,13 @@
 Every function takes ``CAP``, the compute capability as an integer (90 for sm_90; 0 for portable Triton, e.g. the
 interpreter), and picks the cheapest exact instructions.
 
-``decode_*`` takes bytes and returns a tuple of fp16 tensors of their shape, one for each code in a byte, the lowest bits
-first. What it returns is the stored value plus the codec's offset, divided by a power of two (:func:`decode_gain`): GPUs
-without fp8 conversion decode with shifts alone. Part i of an integer code is 2^(bits x i) times larger, for it stays
-where it stands in its byte: an fp16 whose bits are just an integer n is n x 2^-24, exactly (a subnormal number, which
-tensor cores multiply as fast as any other), so that neither conversion, shift nor subtraction is needed.
+``decode_*`` takes bytes and returns a tuple of fp16 tensors of their shape, one for each code in a byte, the lowest
+bits first. What it returns is the stored value plus the codec's offset, divided by a power of two
+(:func:`decode_gain`): GPUs without fp8 conversion decode with shifts alone. Part i of an integer code is 2^(bits x i)
+times larger, for it stays where it stands in its byte: an fp16 whose bits are just an integer n is n x 2^-24, exactly
+(a subnormal number, which tensor cores multiply as fast as any other), so that neither conversion nor shift is needed.
+With CENTERED, 2^(bits - 1) is subtracted from integers, which leaves an offset of 0 or -1/2: sums over many tokens
+would drown in an offset.
 """
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def encode_e4m3(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def decode_e4m3(codes, CAP: tl.constexpr):
+def decode_e4m3(codes, CENTERED: tl.constexpr, CAP: tl.constexpr):
     """e4m3 codes to fp16; divided by 256 where the GPU lacks the conversion (fp16's exponent bias is 8 larger)."""
     if CAP >= FP8_CONVERT_CAP:
         return (codes.to(tl.float8e4nv, bitcast=True).to(tl.float16), )
@@ -91,7 +93,7 @@ def encode_e5m2(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def decode_e5m2(codes, CAP: tl.constexpr):
+def decode_e5m2(codes, CENTERED: tl.constexpr, CAP: tl.constexpr):
     """e5m2 codes to fp16: the code is fp16's upper byte."""
     if CAP > 0:
         return (tl.inline_asm_elementwise('prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;', '=r,=r,r',
@@ -133,26 +135,35 @@ def encode_int2(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def _in_place(codes, MASK: tl.constexpr):
-    """fp16 whose bits are ``codes & MASK``."""
-    return (codes.to(tl.uint16) & MASK).to(tl.float16, bitcast=True)
+def _in_place(codes, MASK: tl.constexpr, CENTER: tl.constexpr):
+    """fp16 whose bits are ``codes & MASK``, less the one whose bits are CENTER."""
+    return (codes.to(tl.uint16) & MASK).to(tl.float16, bitcast=True) - CENTER * 5.9604644775390625e-08
 
 
 @triton.jit
-def decode_int8(codes, CAP: tl.constexpr):
+def _centered(pairs, CENTER: tl.constexpr):
+    """fp16 less the one whose bits are CENTER, two at a time."""
+    return tl.inline_asm_elementwise('sub.f16x2 $0, $1, $2;', '=r,r,r', [pairs, tl.full([1, 1], CENTER, tl.uint16)],
+                                     dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def decode_int8(codes, CENTERED: tl.constexpr, CAP: tl.constexpr):
     """int8 codes to fp16, n x 2^-24."""
+    CENTER: tl.constexpr = 0x80 if CENTERED else 0
     if CAP > 0:
-        return (tl.inline_asm_elementwise('prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;', '=r,=r,r', [codes],
-                                          dtype=tl.float16, is_pure=True, pack=4), )
+        values = tl.inline_asm_elementwise('prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;', '=r,=r,r',
+                                           [codes], dtype=tl.float16, is_pure=True, pack=4)
+        return (_centered(values, CENTER) if CENTERED else values, )
     else:
-        return (_in_place(codes, 0xFF), )
+        return (_in_place(codes, 0xFF, CENTER), )
 
 
 @triton.jit
-def decode_int4(codes, CAP: tl.constexpr):
+def decode_int4(codes, CENTERED: tl.constexpr, CAP: tl.constexpr):
     """Two int4 codes of each byte to fp16: n x 2^-24, and n x 2^-20 of the upper one."""
     if CAP > 0:
-        return tl.inline_asm_elementwise(
+        low, high = tl.inline_asm_elementwise(
             """{
             .reg .b32 lo, hi;
             prmt.b32 lo, $4, 0, 0x4140;
@@ -162,15 +173,18 @@ def decode_int4(codes, CAP: tl.constexpr):
             and.b32 $2, lo, 0x00f000f0;
             and.b32 $3, hi, 0x00f000f0;
             }""", '=&r,=&r,=&r,=&r,r', [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
+        if CENTERED:
+            low, high = _centered(low, 0x08), _centered(high, 0x80)
+        return low, high
     else:
-        return _in_place(codes, 0x0F), _in_place(codes, 0xF0)
+        return _in_place(codes, 0x0F, 0x08 * CENTERED), _in_place(codes, 0xF0, 0x80 * CENTERED)
 
 
 @triton.jit
-def decode_int2(codes, CAP: tl.constexpr):
+def decode_int2(codes, CENTERED: tl.constexpr, CAP: tl.constexpr):
     """Four int2 codes of each byte to fp16: n x 2^-24, 2^-22, 2^-20 and 2^-18."""
     if CAP > 0:
-        return tl.inline_asm_elementwise(
+        a, b, c, d = tl.inline_asm_elementwise(
             """{
             .reg .b32 lo, hi;
             prmt.b32 lo, $8, 0, 0x4140;
@@ -185,8 +199,12 @@ def decode_int2(codes, CAP: tl.constexpr):
             and.b32 $7, hi, 0x00c000c0;
             }""", '=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r', [codes],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4)
+        if CENTERED:
+            a, b, c, d = _centered(a, 0x02), _centered(b, 0x08), _centered(c, 0x20), _centered(d, 0x80)
+        return a, b, c, d
     else:
-        return _in_place(codes, 0x03), _in_place(codes, 0x0C), _in_place(codes, 0x30), _in_place(codes, 0xC0)
+        return (_in_place(codes, 0x03, 0x02 * CENTERED), _in_place(codes, 0x0C, 0x08 * CENTERED),
+                _in_place(codes, 0x30, 0x20 * CENTERED), _in_place(codes, 0xC0, 0x80 * CENTERED))
 
 
 @triton.jit
@@ -234,11 +252,16 @@ def decode_gain(codec: Codec, cap: int) -> float:
 
 
 def decoding(fmt: KVFormat, cap: int) -> dict[str, Any]:
-    """The constants of kernels that read pages: of K, and with a V behind the names of V."""
-    constants = {}
+    """The constants of kernels that read pages: of K, and with a V behind the names of V.
+
+    OFFSET is what is left of a codec's offset in what ``decode`` returns: all of it in K, which is not centered.
+    """
+    constants: dict[str, Any] = {}
     for encoding, suffix in ((fmt.key, ''), (fmt.value, 'V')):
         codec = encoding.codec
-        for name, value in (('DECODE', device_codec(codec).decode), ('BITS', codec.bits), ('OFFSET', codec.offset),
+        center = 2**(codec.bits - 1) if codec.offset and suffix else 0
+        for name, value in (('DECODE', device_codec(codec).decode), ('BITS', codec.bits),
+                            ('OFFSET', codec.offset - center),
                             ('GAIN', decode_gain(codec, cap)), ('PER_TOKEN', encoding.per_token_head)):
             constants[name + suffix] = value
     return constants

@@ -1,7 +1,7 @@
 """Combining the partial results of a sequence that several decode programs share, without another launch.
 
-Whoever finishes last of up to FAN programs combines what they left, and goes on to the next level of a tree whose leaves
-are the programs. Nobody waits for anybody. A counter per node says who is last.
+Whoever finishes last of up to FAN programs combines what they left, and goes on to the next level of a tree whose
+leaves are the programs. Nobody waits for anybody. A counter per node says who is last.
 """
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import triton.language as tl
 from .attend import LOG2E
 from .rotation import power_below, rotate_back
 
-FAN = tl.constexpr(32)
-"""Results that one program combines: two levels are enough for 1,024 programs per sequence."""
+FAN = tl.constexpr(16)
+"""Results that one program combines."""
 
 STATISTICS = tl.constexpr(4)
 """fp32 words behind each partial row: its largest score (in units of log2), its sum of probabilities, and padding."""
@@ -31,8 +31,8 @@ def store_partial(row_ptrs, mask, m, l, accs, PARTV: tl.constexpr, BLOCK_PV: tl.
 
 @triton.jit
 def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr,
-                     PARTSV: tl.constexpr, ROWS: tl.constexpr):
-    """(m, l, accs) of ``children`` (at most FAN) results that lie ``step`` elements apart.
+                     PARTSV: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """(m, l, accs) of ``children`` (at most FAN) results that lie ``step`` elements apart, AT_ONCE at a time.
 
     Reads pass by the first-level cache: other multiprocessors wrote what is read.
     """
@@ -48,15 +48,22 @@ def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_
     accs = ()
     for _ in tl.static_range(PARTSV):
         accs += (tl.zeros([BLOCK_PV, ROWS], tl.float32), )
-    for number in tl.range(0, children, loop_unroll_factor=4):
-        ptrs = row_ptrs + number.to(tl.int64) * step
-        factor = tl.exp2(tl.load(ptrs + PARTSV * PARTV, mask=mask, other=float('-inf'), cache_modifier='.cg') - shift)
-        new_accs = ()
-        for part in tl.static_range(PARTSV):
-            new_accs += (accs[part] + factor[None, :] * tl.load(
-                ptrs[None, :] + (part * PARTV + byte)[:, None], mask=mask[None, :] & (byte < PARTV)[:, None],
-                other=0.0, cache_modifier='.cg'), )
-        accs = new_accs
+    for start in tl.range(0, children, AT_ONCE, num_stages=1):
+        factors, loaded = (), ()
+        for some in tl.static_range(AT_ONCE):
+            some_mask = mask & (start + some < children)
+            ptrs = row_ptrs + (start + some).to(tl.int64) * step
+            factors += (tl.load(ptrs + PARTSV * PARTV, mask=some_mask, other=float('-inf'), cache_modifier='.cg'), )
+            for part in tl.static_range(PARTSV):
+                loaded += (tl.load(ptrs[None, :] + (part * PARTV + byte)[:, None],
+                                   mask=some_mask[None, :] & (byte < PARTV)[:, None], other=0.0,
+                                   cache_modifier='.cg'), )
+        for some in tl.static_range(AT_ONCE):
+            factor = tl.exp2(factors[some] - shift)[None, :]
+            new_accs = ()
+            for part in tl.static_range(PARTSV):
+                new_accs += (accs[part] + factor * loaded[some * PARTSV + part], )
+            accs = new_accs
     return m, l, accs
 
 
@@ -92,8 +99,8 @@ def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV: tl
         stored = ()
         for part in tl.static_range(PARTSV):
             stored += ((accs[part] / power[None, :]).to(tl.float16), )
-        # A few rows of the matrix at a time, for it is large.
-        BLOCK_OUT: tl.constexpr = 64 if BLOCK_DV > 64 else BLOCK_DV
+        # A few rows of the matrix at a time: registers that spill here cost more than waiting.
+        BLOCK_OUT: tl.constexpr = 32 if BLOCK_PV >= 64 else (64 if BLOCK_DV > 64 else BLOCK_DV)
         for first in range(0, DV, BLOCK_OUT):
             dim = first + tl.arange(0, BLOCK_OUT)
             out = rotate_back(stored, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)

@@ -1,6 +1,7 @@
 """Paged decode attention over a quantized cache: split-K with fp16 tensor-core operands, in one launch.
 
-Query rows are divided by a power of two near their largest element before they become fp16, so that any bf16 query fits.
+Query rows are divided by a power of two near their largest element before they become fp16, so that any bf16 query
+fits.
 """
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ WAIT_FIRST, WAIT_QUERIES, WAIT_PAGES = tl.constexpr(0), tl.constexpr(1), tl.cons
 @triton.jit
 def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid, pieces, slot_step, counter_step,
                  level_step, sinks_ptrs, matrix_ptr, out_scale, DV: tl.constexpr, PARTV: tl.constexpr,
-                 BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr):
+                 BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+                 AT_ONCE: tl.constexpr):
     """This program's result is left; combine it with the others' where it was the last to come.
 
     Args:
@@ -51,8 +53,10 @@ def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid,
         tl.debug_barrier()  # all lanes have left their part before one of them says so
         arrived = tl.atomic_add(counters_ptr + start * counter_step, 1, sem='acq_rel', scope='gpu') + 1
         if arrived == children:
+            tl.store(counters_ptr + start * counter_step, 0)  # as it was
             ptrs = partial_ptrs + start.to(tl.int64) * slot_step
-            m, l, accs = combine_partials(ptrs, row_mask, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, ROWS)
+            m, l, accs = combine_partials(ptrs, row_mask, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, ROWS,
+                                          AT_ONCE)
             if count <= FAN:
                 finish(out_ptrs, row_mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV, PARTV, BLOCK_PV, PARTSV,
                        BLOCK_DV)
@@ -82,7 +86,7 @@ def _decode_kernel(
         BITS: tl.constexpr, BITSV: tl.constexpr, GAIN: tl.constexpr, GAINV: tl.constexpr, OFFSET: tl.constexpr,
         OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
-        WARPS: tl.constexpr, CAP: tl.constexpr):
+        WARPS: tl.constexpr, AT_ONCE: tl.constexpr, CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
 
     The share may begin and end inside sequences and pass through whole ones; each sequence it touches is a segment.
@@ -179,7 +183,7 @@ def _decode_kernel(
                           PARTV, BLOCK_PV, PARTSV)
             _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr + slot * tl.num_programs(0) + tl.program_id(0),
                          pid, first_pid, pieces, slot_step, tl.num_programs(0), level_step, sinks_ptrs, v_matrix_ptr,
-                         out_scale, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, BLOCK_M)
+                         out_scale, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, BLOCK_M, AT_ONCE)
         remaining -= stop - tile
         seq += 1
         tile = first * 0
@@ -209,9 +213,12 @@ def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
     block_n = 128 if max(cache.head_dim, cache.v_head_dim) <= 128 else 64
     if block_m > 8:
         return DecodeConfig(block_n, occupancy=4, num_warps=2)
-    if cache.sizes()['BLOCK_PV'] < 64:
-        # Each warp has 16 elements of the output or more: four of them would do the same work twice.
+    sizes = cache.sizes()
+    if sizes['BLOCK_PV'] < 64 or sizes['BLOCK_DV'] <= 64:
+        # Each warp has 16 elements of a part of the output or more: four of them would do the same work twice.
         return DecodeConfig(block_n, occupancy=8, num_warps=2, maxnreg=128)
+    if sizes['PARTSV'] == 1:
+        return DecodeConfig(block_n, occupancy=3, maxnreg=168)
     return DecodeConfig(block_n, occupancy=4, maxnreg=128)
 
 
@@ -222,7 +229,7 @@ class Workspace:
     Attributes:
         config, target, block_m: launch parameters, programs per KV head and tile of rows, and rows of a tile.
         partial: fp32 [(target + batch) * kv_heads * rows, PARTIAL].
-        counters: int32, zero before the kernel begins.
+        counters: int32, zero before the kernel begins and after it has ended.
         rotated: fp32 like the query, contiguous, for formats that rotate K.
     """
     config: DecodeConfig
@@ -243,7 +250,7 @@ class Workspace:
         grid_heads = kv_heads * triton.cdiv(rows, block_m)
         target = config.programs or max(1, config.occupancy * multiprocessors(query.device) // grid_heads)
         sizes = cache.sizes()
-        levels = 1 if target <= FAN.value else 2
+        levels = 1 + (target > FAN.value) + (target > FAN.value**2)
         parts = [query.numel() if cache.k_transform is not None else 0,
                  (target + batch) * kv_heads * rows * (sizes['PARTSV'] * sizes['PARTV'] + STATISTICS.value),
                  levels * (target + batch) * grid_heads]
@@ -251,6 +258,20 @@ class Workspace:
         rotated, partial, counters = memory.split(parts)
         return cls(config, target, block_m, partial, counters.view(torch.int32),
                    rotated.view(query.shape) if cache.k_transform is not None else None)
+
+    def prepare(self, query: torch.Tensor, cache: PagedCache) -> Workspace:
+        """Do what :func:`~lmdeploy_kvq.kernels.fill.fill` does, where nothing is to be filled."""
+        if self.rotated is None:
+            self.counters.zero_()
+        else:
+            fill(None, None, cache, TokenLayout(), self.inputs(query))
+        return self
+
+    def at_once(self, cache: PagedCache) -> int:
+        """Results that a program combines at a time: as many as 64 registers per lane hold."""
+        sizes = cache.sizes()
+        elements = self.block_m * sizes['BLOCK_PV'] * sizes['PARTSV']
+        return max(1, min(FAN.value, 32 * 32 * self.config.num_warps // elements))
 
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
         """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
@@ -260,7 +281,8 @@ class Workspace:
 def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
            *, query_len: int, sm_scale: float, window: int | None = None, softcap: float | None = None,
            sinks: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None,
-           workspace: Workspace | None = None, filled: bool = False, config: DecodeConfig | None = None) -> torch.Tensor:
+           workspace: Workspace | None = None, filled: bool = False,
+           config: DecodeConfig | None = None) -> torch.Tensor:
     """Launch paged attention; arguments as in :func:`lmdeploy_kvq.paged_attention`, ``out`` [tokens, heads, v_dim].
 
     Reads lengths on the device only, so a launch can be captured in a CUDA graph.
@@ -277,11 +299,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     _check(query, cache, block_table, kv_lens, out, query_len)
     heads, batch, kv_heads, fmt = query.size(1), kv_lens.size(0), cache.num_kv_heads, cache.format
     if workspace is None:
-        workspace = Workspace.allocate(query, cache, batch, query_len, config)
-        if workspace.rotated is None:
-            workspace.counters.zero_()
-        else:
-            fill(None, None, cache, TokenLayout(uniform_query_len=query_len), workspace.inputs(query))
+        workspace = Workspace.allocate(query, cache, batch, query_len, config).prepare(query, cache)
     if workspace.rotated is not None:
         query = workspace.rotated
     config, cap, rows = workspace.config, compute_capability(query.device), heads // kv_heads * query_len
@@ -292,9 +310,11 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         alibi_slopes, kv_lens, block_table, batch, workspace.target, sm_scale, *query.stride()[:2], *out.stride()[:2],
         block_table.stride(0), v_transform.stride_h if v_transform else 0, *cache.strides(), **cache.sizes(),
         GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
-        BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap), FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
+        BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap),
+        FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
-        ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=config.num_warps, CAP=cap, num_warps=config.num_warps,
+        ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16),
+        AT_ONCE=workspace.at_once(cache), CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **dependent_launch(cap),
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
     return out

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from ..reference import MAX_INPUT, MIN_SCALE
 from .codecs import device_codec
-from .launch import check_device, compute_capability, dependent_launch
-from .rotation import column_power, rotated_part
+from .launch import check_device, compute_capability, dependent_launch, multiprocessors
+from .rotation import rotate_columns
 from .tiles import key_offset, token_slots, value_offset
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matr
     byte = tl.arange(0, BLOCK_P)
     parts = ()
     if matrix_ptr is not None:
-        power = column_power(x_ptr, offset, valid, D, BLOCK_D, MAX_INPUT)
-        for part in tl.static_range(PARTS):
-            parts += (rotated_part(x_ptr, offset, valid, power, matrix_ptr, part * PART, D, PART, BLOCK_P,
-                                   BLOCK_D, MAX_INPUT), )
+        parts = rotate_columns(x_ptr, offset, valid, matrix_ptr, D, PART, BLOCK_P, PARTS, BLOCK_D, MAX_INPUT)
     else:
         for part in tl.static_range(PARTS):
             there = (byte < PART) & (byte + part * PART < D)
@@ -103,10 +100,9 @@ def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_row
     token = (column // HEADS_PER_KV).to(tl.int64)
     valid = column < num_rows
     offset = token * stride_t + head * stride_h
-    power = column_power(query_ptr, offset, valid, D, BLOCK_D, float('inf'))
-    out = rotated_part(query_ptr, offset, valid, power, matrix_ptr, 0, D, D, BLOCK_D, BLOCK_D, float('inf'))
+    parts = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))
     dim = tl.arange(0, BLOCK_D)
-    tl.store(rotated_ptr + ((token * num_heads + head) * D)[None, :] + dim[:, None], out,
+    tl.store(rotated_ptr + ((token * num_heads + head) * D)[None, :] + dim[:, None], parts[0],
              mask=valid[None, :] & (dim < D)[:, None])
 
 
@@ -159,35 +155,32 @@ def _fill_kernel(
         live = slot >= 0
         slot = tl.maximum(slot, 0)
         block, offset = slot // PAGE, slot % PAGE
-        if pid < tiles:
-            matrix_ptr = None
-            if k_matrix_ptr is not None:
-                matrix_ptr = k_matrix_ptr + head * stride_k_matrix
-            scales_ptr = None
-            static_ptr = None
-            if PER_TOKEN:
-                scales_ptr = k_scales_ptr + block * stride_ksb + head * stride_ksh + offset
-            else:
-                static_ptr = k_static_ptr + head * stride_k_static
-            _write_columns(key_ptr, row * stride_key_t + head * stride_key_h, token < num_tokens,
-                           k_codes_ptr + block * stride_kb + head * stride_kh, scales_ptr, static_ptr, matrix_ptr, live,
-                           key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), ENCODE, OFFSET, RMS,
-                           FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT, CAP)
+        k_rotation, v_rotation = None, None
+        k_scale_ptrs, v_scale_ptrs, k_scale_ptr, v_scale_ptr = None, None, None, None
+        if k_matrix_ptr is not None:
+            k_rotation = k_matrix_ptr + head * stride_k_matrix
+        if v_matrix_ptr is not None:
+            v_rotation = v_matrix_ptr + head * stride_v_matrix
+        if PER_TOKEN:
+            k_scale_ptrs = k_scales_ptr + block * stride_ksb + head * stride_ksh + offset
         else:
-            matrix_ptr = None
-            if v_matrix_ptr is not None:
-                matrix_ptr = v_matrix_ptr + head * stride_v_matrix
-            scales_ptr = None
-            static_ptr = None
-            if PER_TOKENV:
-                scales_ptr = v_scales_ptr + block * stride_vsb + head * stride_vsh + offset
-            else:
-                static_ptr = v_static_ptr + head * stride_v_static
+            k_scale_ptr = k_static_ptr + head * stride_k_static
+        if PER_TOKENV:
+            v_scale_ptrs = v_scales_ptr + block * stride_vsb + head * stride_vsh + offset
+        else:
+            v_scale_ptr = v_static_ptr + head * stride_v_static
+        if pid < tiles:
+            _write_columns(key_ptr, row * stride_key_t + head * stride_key_h, token < num_tokens,
+                           k_codes_ptr + block * stride_kb + head * stride_kh, k_scale_ptrs, k_scale_ptr, k_rotation,
+                           live, key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), ENCODE, OFFSET,
+                           RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT,
+                           CAP)
+        else:
             _write_columns(value_ptr, row * stride_value_t + head * stride_value_h, token < num_tokens,
-                           v_codes_ptr + block * stride_vb + head * stride_vh, scales_ptr, static_ptr, matrix_ptr, live,
-                           value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), ENCODEV, OFFSETV,
-                           RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV, MIN_SCALE,
-                           MAX_INPUT, CAP)
+                           v_codes_ptr + block * stride_vb + head * stride_vh, v_scale_ptrs, v_scale_ptr, v_rotation,
+                           live, value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), ENCODEV,
+                           OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV,
+                           MIN_SCALE, MAX_INPUT, CAP)
 
 
 @dataclass(frozen=True)
@@ -244,12 +237,9 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
     batch = layout.kv_lens.size(0) if layout.slots is None and layout.kv_lens is not None else 1
     query = None if inputs is None else inputs.query
     k_transform, v_transform = cache.k_transform, cache.v_transform
-    few = layout.uniform_query_len > 0 or tokens <= 64
-    if k_transform is None and v_transform is None:
-        tile, warps = (1, 1) if few else (16, 4)
-    else:
-        tile, warps = (8, 4) if few else (64, 8)
     heads_per_kv = 1 if query is None else query.size(1) // cache.num_kv_heads
+    tile, warps = _tile(cache, tokens, (0 if key is None else 2) + (0 if query is None else heads_per_kv),
+                        k_transform is not None or v_transform is not None)
     programs = (0 if key is None else 2 * triton.cdiv(tokens, tile)) + (
         0 if query is None else triton.cdiv(tokens * heads_per_kv, tile))
     _fill_kernel[(cache.num_kv_heads, max(programs, 1))](
@@ -264,6 +254,18 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=warps,
         **dependent_launch(cap))
+
+
+def _tile(cache: PagedCache, tokens: int, rows_per_token: int, rotates: bool) -> tuple[int, int]:
+    """Rows per program, and its warps.
+
+    Every program that rotates reads a matrix, so that there should not be many more than multiprocessors.
+    """
+    if not rotates:
+        return (1, 1) if tokens <= 64 else (4, 2) if tokens <= 512 else (16, 4)
+    each = tokens * rows_per_token * cache.num_kv_heads // (2 * multiprocessors(cache.k_codes.device))
+    tile = min(max(8, triton.next_power_of_2(each)), 64)
+    return tile, 4 if tile <= 16 else 8
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _store_rows(values, first, width, out_ptrs, new_ptrs, cached, fresh, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Write elements first .. first + width of rows [rows, BLOCK]: ``values`` where ``cached``, copies of the new rows
-    where ``fresh``."""
+    """Write elements first .. first + width of rows [rows, BLOCK].
+
+    They are ``values`` where ``cached``, and copies of the new rows where ``fresh``.
+    """
     dim = tl.arange(0, BLOCK)
     mask = ((dim < width) & (first + dim < D))[None, :]
     values = tl.where(cached[:, None], values, 0.0).to(out_ptrs.dtype.element_ty)
@@ -45,7 +47,7 @@ def _flatten_rows(parts, scale, out_ptrs, new_ptrs, matrix_ptr, cached, fresh, G
             values = tl.where(cached[:, None], parts[part].to(tl.float32) * (GAIN / (1 << (BITS * part))) - OFFSET, 0.0)
             codes += (values.to(tl.float16), )  # exact
         BLOCK_OUT: tl.constexpr = 64 if BLOCK_D > 64 else BLOCK_D  # the matrix is large
-        for first in range(0, D, BLOCK_OUT):
+        for first in tl.range(0, D, BLOCK_OUT, num_stages=1):
             dim = first + tl.arange(0, BLOCK_OUT)
             rows = tl.zeros([scale.shape[0], BLOCK_OUT], tl.float32)
             for part in tl.static_range(PARTS):
@@ -113,7 +115,7 @@ def _flatten_kernel(
         scale = tl.load(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(k_static_ptr + head * stride_k_static) + tl.zeros([BLOCK_N], tl.float32)
-    decoded = DECODE(codes, CAP)
+    decoded = DECODE(codes, False, CAP)
     parts = ()
     for part in tl.static_range(PARTS):
         parts += (key_rows(decoded[part]), )
@@ -130,7 +132,7 @@ def _flatten_kernel(
         scale = tl.load(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(v_static_ptr + head * stride_v_static) + tl.zeros([BLOCK_N], tl.float32)
-    decoded = DECODEV(codes, CAP)
+    decoded = DECODEV(codes, True, CAP)
     parts = ()
     for part in tl.static_range(PARTSV):
         parts += (tl.trans(value_columns(decoded[part])), )

@@ -16,46 +16,61 @@ def power_below(largest):
 
 
 @triton.jit
-def column_power(x_ptr, offset, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr):
-    """[columns] powers of two that rows [D] at ``x_ptr + offset``, clamped to LIMIT, are to be divided by."""
-    dim = tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim < D)[:, None], other=0.0)
-    return power_below(tl.minimum(tl.max(tl.abs(x.to(tl.float32)), 0), LIMIT))
-
-
-@triton.jit
-def rotated_part(x_ptr, offset, valid, power, matrix_ptr, FIRST: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
-                 BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr):
-    """Elements FIRST .. FIRST + PART of ``matrix @ column``, fp32 [BLOCK_P, columns], zero beyond PART and D.
+def rotate_columns(x_ptr, offset, valid, matrix_ptr, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr,
+                   PARTS: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr):
+    """Rows [D] at ``x_ptr + offset``, clamped to LIMIT, as columns that a matrix is multiplied with.
 
     Args:
-        x_ptr, offset, valid, power, LIMIT: as for :func:`column_power`.
+        offset, valid: [columns].
         matrix_ptr: fp16 [D, D], contiguous.
+
+    Returns:
+        The product's parts, fp32 [BLOCK_P, columns] each, zero beyond PART and D.
     """
-    STEP: tl.constexpr = 64 if BLOCK_D > 64 else BLOCK_D
     byte = tl.arange(0, BLOCK_P)
-    there = (byte < PART) & (FIRST + byte < D)
-    out = tl.zeros([BLOCK_P, offset.shape[0]], tl.float32)
+    dim = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim < D)[:, None], other=0.0)
+    if BLOCK_P * PARTS * BLOCK_D <= 16384:
+        # Matrices that fit into registers are on their way while the largest elements are looked for.
+        matrices = ()
+        for part in tl.static_range(PARTS):
+            there = (byte < PART) & (part * PART + byte < D)
+            matrices += (tl.load(matrix_ptr + ((part * PART + byte) * D)[:, None] + dim[None, :],
+                                 mask=there[:, None] & (dim < D)[None, :], other=0.0), )
+    x = tl.minimum(tl.maximum(x.to(tl.float32), -LIMIT), LIMIT)
+    power = power_below(tl.max(tl.abs(x), 0))
     inverse = 1.0 / power
-    for start in tl.static_range(0, D, STEP):
-        dim = start + tl.arange(0, STEP)
-        x = tl.load(x_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim < D)[:, None],
-                    other=0.0).to(tl.float32)
-        x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT) * inverse[None, :]
-        matrix = tl.load(matrix_ptr + ((FIRST + byte) * D)[:, None] + dim[None, :],
-                         mask=there[:, None] & (dim < D)[None, :], other=0.0)
-        out = tl.dot(matrix, x.to(tl.float16), out)
-    return out * power[None, :]
+    parts = ()
+    if BLOCK_P * PARTS * BLOCK_D <= 16384:
+        x = (x * inverse[None, :]).to(tl.float16)
+        for part in tl.static_range(PARTS):
+            parts += (tl.dot(matrices[part], x) * power[None, :], )
+    else:
+        for part in tl.static_range(PARTS):
+            there = (byte < PART) & (part * PART + byte < D)
+            out = tl.zeros([BLOCK_P, offset.shape[0]], tl.float32)
+            for start in tl.static_range(0, D, 64):
+                piece = start + tl.arange(0, 64)
+                some = tl.load(x_ptr + offset[None, :] + piece[:, None], mask=valid[None, :] & (piece < D)[:, None],
+                               other=0.0).to(tl.float32)
+                some = tl.minimum(tl.maximum(some, -LIMIT), LIMIT) * inverse[None, :]
+                matrix = tl.load(matrix_ptr + ((part * PART + byte) * D)[:, None] + piece[None, :],
+                                 mask=there[:, None] & (piece < D)[None, :], other=0.0)
+                out = tl.dot(matrix, some.to(tl.float16), out)
+            parts += (out * power[None, :], )
+    return parts
 
 
 @triton.jit
 def rotate_back(parts, matrix_ptr, first, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr,
                 PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """Elements first .. first + BLOCK_OUT of ``inverse.T @ column``, fp32 [BLOCK_OUT, columns].
+    """Elements first .. first + BLOCK_OUT of rows whose stored parts are ``parts``, fp16 [BLOCK_P, columns] each.
 
     Args:
-        parts: fp16 [BLOCK_P, columns] each: the column's parts.
         matrix_ptr: the inverse, fp16 [D, D], contiguous.
+
+    Returns:
+        fp32 [BLOCK_OUT, columns].
     """
     dim = first + tl.arange(0, BLOCK_OUT)
     byte = tl.arange(0, BLOCK_P)
