@@ -1,10 +1,12 @@
-"""Find the static scales of a model's KV cache by running it on text, and write them into a scale file.
+"""Find the static scales of a model's KV cache, or transforms of its keys, by running it on text.
 
 Prompts and the tokens generated after them are counted. On a GPU LMDeploy's engine runs the model with a bf16 cache,
-elsewhere transformers does. Ctrl-C writes what has been seen so far. The file also keeps second moments of Q and K.
+elsewhere transformers does. They are written into a scale file, with second moments of Q and K. Ctrl-C writes what has
+been seen so far.
 
 examples:
   lmdeploy-kvq calibrate MODEL -o MODEL/kv_scales.safetensors      found there by itself
+  lmdeploy-kvq calibrate MODEL --format int4_per_token_head        transforms of keys instead of scales
   cat texts/*.txt | lmdeploy-kvq calibrate MODEL --data -
 """
 from __future__ import annotations
@@ -28,8 +30,11 @@ if TYPE_CHECKING:
     from .kvstats import ModelStatistics
 
 FILE = 'kv_scales.safetensors'  # scales.FILE_NAME, without importing torch
-STATIC = tuple(fmt for fmt in FORMATS if not (fmt.key.per_token_head or fmt.value.per_token_head))
+STATIC = tuple(fmt for fmt in FORMATS if fmt.needs_scales)
 """The formats that need scales."""
+
+CALIBRATED = tuple(fmt for fmt in FORMATS if fmt.needs_scales or fmt.takes_transform)
+"""The formats that a scale file can do something for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', metavar='MODEL', help='folder, or name on the Hugging Face hub')
     parser.add_argument('--data', metavar='FILE|-', help='text to run, "-": standard input (default: built-in texts)')
     parser.add_argument('-o', '--out', type=Path, default=Path(FILE), metavar='FILE', help='default: %(default)s')
-    parser.add_argument('--format', default=Settings.format, choices=[fmt.name for fmt in STATIC],
-                        help='format the scales are for (default: %(default)s)')
+    parser.add_argument('--format', default=Settings.format, choices=[fmt.name for fmt in CALIBRATED],
+                        help='format the file is for (default: %(default)s)')
+    parser.add_argument('--transform', choices=('none', 'balanced', 'diagonal'), default=Settings.transform,
+                        help='matrices for the keys of int4 and narrower formats: the best ones, or one factor per '
+                        'element (default: balanced where the format takes them, else none)')
     parser.add_argument('--granularity', default=Settings.granularity, choices=('tensor', 'head'),
                         help='one scale per layer, or one per KV head (default: %(default)s)')
     parser.add_argument('--method', default=Settings.method, choices=('absmax', 'percentile', 'mse'),
@@ -75,6 +83,7 @@ def _percentile(text: str) -> float:
 class Settings:
     """How to calibrate; the names and defaults are the command's options."""
     format: str = STATIC[0].name
+    transform: str | None = None
     granularity: str = 'tensor'
     method: str = 'absmax'
     percentile: float = 99.99
@@ -90,12 +99,15 @@ class Calibration:
 
     Attributes:
         path: the scale file. format: the format it is for.
-        scales: layer index to (K scale, V scale), each fp32 [] or [kv_heads].
+        scales: layer index to (K scale, V scale), each fp32 [] or [kv_heads]; empty for formats without static scales.
+        transform: the kind of K's transforms, ``none`` without. layers: how many were seen.
         tokens: how many were counted. partial: an interrupt came before all of the text was.
     """
     path: Path
     format: str
     scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    transform: str
+    layers: int
     tokens: int
     partial: bool
 
@@ -108,12 +120,19 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print('lmdeploy-kvq: interrupted before anything was seen; nothing is written', file=sys.stderr)
         return 130
-    k, v = (max(float(pair[i].max()) for pair in found.scales.values()) for i in (0, 1))
     how = 'interrupted: ' if found.partial else ''
-    print(f'{found.path}: {how}{found.format} scales of {len(found.scales)} layers from {found.tokens} tokens; the '
-          f'largest are {k:.4g} for K and {v:.4g} for V.\nUse it with --kv-scales {found.path}, or as {FILE} beside '
-          'the model.')
+    what = ' and '.join([f'{found.format} scales'] * bool(found.scales) +
+                        [f'{found.transform} transforms'] * (found.transform != 'none'))
+    print(f'{found.path}: {how}{what} of {found.layers} layers from {found.tokens} tokens{_largest(found.scales)}.\n'
+          f'Use it with --kv-scales {found.path}, or as {FILE} beside the model.')
     return 130 if found.partial else 0
+
+
+def _largest(scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> str:
+    if not scales:
+        return ''
+    k, v = (max(float(pair[i].max()) for pair in scales.values()) for i in (0, 1))
+    return f'; the largest are {k:.4g} for K and {v:.4g} for V'
 
 
 def calibrate(model: str, out: Path, data: str | None = None, settings: Settings | None = None) -> Calibration:
@@ -130,6 +149,7 @@ def calibrate(model: str, out: Path, data: str | None = None, settings: Settings
         KeyboardInterrupt: interrupted before every layer had seen a token; nothing is written.
     """
     settings = settings or Settings()
+    kind = transform_kind(settings)
     writable(out)
     text, source = read_data(data)
     folder = model_folder(model)
@@ -148,7 +168,20 @@ def calibrate(model: str, out: Path, data: str | None = None, settings: Settings
                 partial = True
         about = {'data': source, 'engine': engine, 'partial': str(partial).lower()}
         scales = write(out, settings, folder, statistics, about)
-    return Calibration(out, settings.format, scales, statistics.tokens, partial)
+    return Calibration(out, settings.format, scales, kind, len(statistics.layers), statistics.tokens, partial)
+
+
+def transform_kind(settings: Settings) -> str:
+    """The kind of transforms asked for, or what the format takes; ``none`` for none.
+
+    Raises:
+        UserError: neither scales nor transforms are left to write.
+    """
+    fmt = get_format(settings.format)
+    kind = settings.transform or ('balanced' if fmt.takes_transform else 'none')
+    if kind == 'none' and not fmt.needs_scales:
+        raise UserError(f'{fmt.name} needs no scales, and --transform none leaves nothing to write')
+    return kind
 
 
 def engine_for(asked: str) -> str:
@@ -190,25 +223,38 @@ def attach() -> None:
 
 def write(out: Path, settings: Settings, folder: str, statistics: ModelStatistics,
           about: dict[str, str]) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Choose the scales and write the file.
+    """Choose scales and transforms, and write the file.
 
     Args:
         about: further metadata.
 
     Returns:
-        Layer index to (K scale, V scale).
+        Layer index to (K scale, V scale); empty for formats without static scales.
 
     Raises:
-        UserError: scales that no cache can use: the model computes NaN; or a disk that is full.
+        UserError: nothing to write; scales or matrices that no cache can use: the model computes NaN; or a disk that
+            is full.
     """
     from .scales import ScaleError, provenance, write_file
+    from .transforms import TransformError, digest_of
     fmt = get_format(settings.format)
-    metadata = provenance(folder, fmt, settings.method, settings.granularity, statistics.tokens, **about)
-    if settings.method == 'percentile':
-        metadata['percentile'] = str(settings.percentile)
-    scales = statistics.scales(fmt, settings.method, settings.granularity, settings.percentile)
+    kind = transform_kind(settings)
+    metadata = dict(about)
+    scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    if fmt.needs_scales:
+        metadata |= {'method': settings.method, 'granularity': settings.granularity}
+        if settings.method == 'percentile':
+            metadata['percentile'] = str(settings.percentile)
+        scales = statistics.scales(fmt, settings.method, settings.granularity, settings.percentile)
+    metadata = provenance(folder, fmt, statistics.tokens, **metadata)
+    kept = {n: layer.tensors() for n, layer in statistics.layers.items()}
     try:
-        write_file(out, scales, metadata, {n: layer.tensors() for n, layer in statistics.layers.items()})
-    except (ScaleError, OSError) as error:
+        if kind != 'none':
+            transforms = statistics.transforms(kind)
+            metadata |= {'transform': kind, 'transform_digest': digest_of(transforms)}
+            for layer, matrix in transforms.items():
+                kept[layer]['k_transform'] = matrix
+        write_file(out, scales, metadata, kept)
+    except (ScaleError, TransformError, OSError) as error:
         raise UserError(f'{out} is not written: {error}') from error
     return scales

@@ -29,7 +29,7 @@ COMMANDS = (
     Command('doctor', 'doctor', 'check the installation: versions, GPU, hook into LMDeploy, formats, patches'),
     Command('plan', 'plan', 'how many tokens and requests fit per format, from config.json alone'),
     Command('eval', 'eval', 'what every format does to a model, and the smallest one that is safe'),
-    Command('calibrate', 'calibrate', 'find the static scales of fp8 by running a model on text'),
+    Command('calibrate', 'calibrate', 'find scales of fp8 or transforms of narrower formats by running a model'),
 )
 
 

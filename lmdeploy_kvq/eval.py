@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f'tokens of haystacks, 0 for none (default: {_default(2)})')
     parser.add_argument('--budget', type=_positive, default=0.01, metavar='KL',
                         help='mean KL divergence in nats that is safe (default: %(default)s)')
-    parser.add_argument('--kv-scales', metavar='PATH', help=f'scale file of fp8 (default: MODEL/{FILE}, else 1.0)')
+    parser.add_argument('--kv-scales', metavar='PATH',
+                        help=f'scales and transforms (default: MODEL/{FILE}, else 1.0 and Hadamard)')
     parser.add_argument('--gpu-memory', type=quantity, metavar='SIZE',
                         help="memory of one GPU for the tokens that fit, e.g. 80G (default: this machine's)")
     parser.add_argument('--per-layer', nargs='?', const='', metavar='FORMAT',

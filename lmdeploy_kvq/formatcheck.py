@@ -28,9 +28,9 @@ def format_rows(gpus: list[dict[str, Any]], active: bool) -> list[dict[str, Any]
     shape, rows = CacheShape(num_layers=1, kv_heads=8, head_dim=HEAD_DIM), []
     for fmt in FORMATS:
         supported, why = _support(fmt, gpus, active)
-        rows.append({'name': fmt.name, 'policy': fmt.policy, 'aliases': list(fmt.aliases), 'summary': fmt.summary,
-                     'bits_per_element': fmt.bits_per_element(HEAD_DIM), 'bytes_against_bf16': 1 / gain(fmt, shape),
-                     'supported': supported, 'reason': why})
+        rows.append({'name': fmt.name, 'policy': fmt.policy, 'aliases': list(fmt.aliases), 'summary': fmt.label,
+                     'experimental': fmt.experimental, 'bits_per_element': fmt.bits_per_element(HEAD_DIM),
+                     'bytes_against_bf16': 1 / gain(fmt, shape), 'supported': supported, 'reason': why})
     return rows
 
 
@@ -113,6 +113,8 @@ def format_lines(rows: list[dict[str, Any]]) -> list[str]:
     for supported in (False, True):
         for why in dict.fromkeys(row['reason'] for row in rows if row['supported'] == supported and row['reason']):
             lines.append(wrapped(why, '      ', '  yes: ' if supported else '  no: '))
+    lines += [wrapped(f'{row["name"]} is EXPERIMENTAL: {row["experimental"]}.', '  ') for row in rows
+              if row['experimental']]
     return lines
 
 

@@ -106,6 +106,16 @@ class KVFormat:
         """True if any of K and V carries per-(token, head) scales, i.e. the page holds scale tensors."""
         return self.key.per_token_head or self.value.per_token_head
 
+    @property
+    def needs_scales(self) -> bool:
+        """True if K or V is stored with a static scale, which has to come from somewhere."""
+        return not (self.key.per_token_head and self.value.per_token_head)
+
+    @property
+    def takes_transform(self) -> bool:
+        """True if a scale file may bring a calibrated transform of K."""
+        return self.key.rotation == 'calibrated'
+
     def check_head_dims(self, head_dim: int, v_head_dim: int | None = None) -> None:
         """Raise ValueError unless pages of these head sizes can be stored."""
         for what, dim in (('head_dim', head_dim), ('v_head_dim', head_dim if v_head_dim is None else v_head_dim)):
@@ -129,7 +139,7 @@ INT2_KEY = Encoding(INT2, True, 'calibrated', statistic='rms', shrink=0.996, rul
 INT2_VALUE = Encoding(INT2, True, 'hadamard', statistic='rms', shrink=0.996, rule='unbiased')
 
 FORMATS: tuple[KVFormat, ...] = (
-    KVFormat('int8_per_token_head', 108, INT8_TOKEN, INT8_TOKEN, max_error=0.009,
+    KVFormat('int8_per_token_head', 108, INT8_TOKEN, INT8_TOKEN, max_error=0.0073,
              summary='int8, rotated, with one fp32 scale per token and KV head'),
     KVFormat('fp8_per_token_head', 116, E4M3_TOKEN, E4M3_TOKEN, aliases=('fp8_e4m3_per_token_head', ), max_error=0.03,
              summary='fp8 e4m3 with one fp32 scale per token and KV head'),
@@ -139,13 +149,13 @@ FORMATS: tuple[KVFormat, ...] = (
              summary='fp8 e4m3 with one static scale per layer'),
     KVFormat('fp8_e5m2', 17, E5M2_TENSOR, E5M2_TENSOR, upstream=True, max_error=0.06,
              summary='fp8 e5m2 with one static scale per layer'),
-    KVFormat('k8v4_per_token_head', 184, INT8_TOKEN, INT4_VALUE, aliases=('k8v4', ), max_error=0.12,
+    KVFormat('k8v4_per_token_head', 184, INT8_TOKEN, INT4_VALUE, aliases=('k8v4', ), max_error=0.115,
              summary='int8 keys and int4 values, rotated, with one fp32 scale per token and KV head'),
-    KVFormat('int4_per_token_head', 104, INT4_KEY, INT4_VALUE, max_error=0.12,
+    KVFormat('int4_per_token_head', 104, INT4_KEY, INT4_VALUE, max_error=0.115,
              summary='int4, rotated, with one fp32 scale per token and KV head'),
-    KVFormat('k4v2_per_token_head', 142, INT4_KEY, INT2_VALUE, aliases=('k4v2', ), max_error=0.4,
+    KVFormat('k4v2_per_token_head', 142, INT4_KEY, INT2_VALUE, aliases=('k4v2', ), max_error=0.38,
              summary='int4 keys and int2 values, rotated, with one fp32 scale per token and KV head'),
-    KVFormat('int2_per_token_head', 102, INT2_KEY, INT2_VALUE, aliases=('int2', ), max_error=0.4,
+    KVFormat('int2_per_token_head', 102, INT2_KEY, INT2_VALUE, aliases=('int2', ), max_error=0.38,
              summary='int2, rotated, with one fp32 scale per token and KV head',
              experimental='changes answers of most models; measure yours first'),
 )

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .formats import KVFormat, get_format, part_dim
 from .reference import decode, encode, pack, unpack
 from .scales import ScaleError, read_file
-from .transforms import Transform, hadamard
+from .transforms import Transform, from_matrix, hadamard
 
 
 class QuantizedLayer(DynamicLayer):
@@ -157,7 +157,7 @@ class QuantizedCache(Cache):
         fmt: format, name, alias or policy.
         k_scale, v_scale: scale of static encodings (the other formats ignore it): a number or fp32 [kv_heads], for all
             layers.
-        scales: a scale file with one pair per layer, instead.
+        scales: a scale file instead, with what the format needs per layer: a pair of scales, or K's transform.
 
     Raises:
         ValueError: unknown format, a scale file that cannot be used; or, at the first update, head sizes that the
@@ -167,7 +167,7 @@ class QuantizedCache(Cache):
     def __init__(self, fmt: str | int | KVFormat, k_scale: float | torch.Tensor = 1.0,
                  v_scale: float | torch.Tensor = 1.0, scales: str | Path | None = None):
         self.format = get_format(fmt)
-        self._all = [torch.as_tensor(scale, dtype=torch.float32) for scale in (k_scale, v_scale)]
+        self._all = (torch.as_tensor(k_scale, dtype=torch.float32), torch.as_tensor(v_scale, dtype=torch.float32))
         self._file = None if scales is None else read_file(scales)
         super().__init__(layer_class_to_replicate=self._next_layer)
 
@@ -175,11 +175,18 @@ class QuantizedCache(Cache):
         """A further layer: transformers asks for them in their order."""
         index = len(self.layers)
         if self._file is None:
-            return QuantizedLayer(self.format, self._all[0], self._all[1])
-        if index not in self._file.layers:
-            raise ScaleError(f'scale file {self._file.path} has no scales for layer {index}')
-        k, v, _ = self._file.layers[index].resolved(f'scale file {self._file.path}: layer {index}')
-        return QuantizedLayer(self.format, k, v)
+            return QuantizedLayer(self.format, *self._all)
+        layer = f'scale file {self._file.path}: layer {index}'
+        if self.format.needs_scales:
+            if index not in self._file.layers:
+                raise ScaleError(f'scale file {self._file.path} has no scales for layer {index}')
+            k, v, _ = self._file.layers[index].resolved(layer)
+            return QuantizedLayer(self.format, k, v)
+        matrix = self._file.transforms.get(index) if self.format.takes_transform else None
+        if matrix is None and self.format.takes_transform:
+            raise ScaleError(f'scale file {self._file.path} has no transform for layer {index}')
+        transform = None if matrix is None else from_matrix(matrix, f'{layer}: k_transform')
+        return QuantizedLayer(self.format, *self._all, transform)
 
     @property
     def nbytes(self) -> int:

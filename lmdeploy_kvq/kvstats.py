@@ -12,6 +12,7 @@ import torch
 
 from .formats import Codec, KVFormat
 from .reference import MAX_INPUT, MIN_SCALE, decode_codes, encode_codes
+from .transforms import TransformError, calibrated, from_matrix
 
 METHODS = ('absmax', 'percentile', 'mse')
 GRANULARITIES = ('tensor', 'head')
@@ -103,14 +104,15 @@ class LayerStatistics:
     Attributes:
         key, value: magnitudes of post-RoPE K and of V, every token.
         key_moment: fp32 [kv_heads, dim, dim], sum of k k^T; query_moment: the same of post-RoPE Q, averaged over the
-            query heads that share a KV head. The first token of a sequence is left out of both: its K is an outlier
-            in most models, and its query sees nothing else.
+            query heads that share a KV head; key_sum: fp32 [kv_heads, dim], sum of k. The first token of a sequence is
+            left out of them: its K is an outlier in most models, and its query sees nothing else.
         tokens: in the magnitudes; moment_tokens: in the moments; updates: how often something was counted.
     """
     key: Magnitudes
     value: Magnitudes
     key_moment: torch.Tensor
     query_moment: torch.Tensor
+    key_sum: torch.Tensor
     tokens: int = 0
     moment_tokens: int = 0
     updates: int = 0
@@ -119,7 +121,8 @@ class LayerStatistics:
     def empty(cls, kv_heads: int, head_dim: int, device: torch.device) -> LayerStatistics:
         """Nothing seen yet."""
         key, query = torch.zeros(2, kv_heads, head_dim, head_dim, device=device)
-        return cls(Magnitudes.empty(kv_heads, device), Magnitudes.empty(kv_heads, device), key, query)
+        return cls(Magnitudes.empty(kv_heads, device), Magnitudes.empty(kv_heads, device), key, query,
+                   torch.zeros(kv_heads, head_dim, device=device))
 
     def update(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first: torch.Tensor) -> None:
         """Count new tokens.
@@ -133,6 +136,7 @@ class LayerStatistics:
         self.value.update(value)
         k = key.float()[~first]
         q = query.float()[~first].unflatten(1, (key.size(1), -1))
+        self.key_sum += k.sum(0)
         self.key_moment += torch.einsum('thd,the->hde', k, k)
         self.query_moment += torch.einsum('thgd,thge->hde', q, q) / q.size(2)
         self.tokens += key.size(0)
@@ -146,10 +150,18 @@ class LayerStatistics:
                 self.value.scale(fmt.value.codec, method, granularity, percentile))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a scale file keeps beside the scales: fp32 second moments [kv_heads, dim, dim] and absmax [kv_heads]."""
+        """What a scale file keeps beside the scales, fp32.
+
+        Second moments [kv_heads, dim, dim], the mean of K [kv_heads, dim], and absmax [kv_heads].
+        """
         count = max(self.moment_tokens, 1)
         return {'k_second_moment': self.key_moment / count, 'q_second_moment': self.query_moment / count,
-                'k_absmax': self.key.absmax, 'v_absmax': self.value.absmax}
+                'k_mean': self.key_sum / count, 'k_absmax': self.key.absmax, 'v_absmax': self.value.absmax}
+
+    def transform(self, kind: str) -> torch.Tensor:
+        """A for the layer's keys, fp32 [kv_heads, dim, dim]; see :func:`~lmdeploy_kvq.transforms.calibrated`."""
+        seen = self.tensors()
+        return calibrated(kind, seen['k_second_moment'], seen['q_second_moment'], seen['k_mean']).float()
 
 
 @dataclass
@@ -174,6 +186,21 @@ class ModelStatistics:
     def complete(self) -> bool:
         """True if all layers have been seen: the first one has been seen again."""
         return any(layer.updates > 1 for layer in self.layers.values())
+
+    def transforms(self, kind: str) -> dict[int, torch.Tensor]:
+        """A for the keys of every layer; see :meth:`LayerStatistics.transform`.
+
+        Raises:
+            TransformError: statistics from which no usable matrix follows; names the layer.
+        """
+        found = {}
+        for index, layer in sorted(self.layers.items()):
+            try:
+                found[index] = layer.transform(kind)
+            except TransformError as error:
+                raise TransformError(f'layer {index}: {error}') from error
+            from_matrix(found[index], f'layer {index}: k_transform')
+        return found
 
     def scales(self, fmt: KVFormat, method: str = 'absmax', granularity: str = 'tensor',
                percentile: float = 99.99) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:

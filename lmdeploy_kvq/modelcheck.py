@@ -1,17 +1,18 @@
-"""What of ``lmdeploy-kvq doctor`` is about a model: the formats that can store its cache, and its static scales."""
+"""What of ``lmdeploy-kvq doctor`` is about a model: the formats that can store its cache, its scales and transforms."""
 from __future__ import annotations
 
 import os
 from typing import Any
 
 from . import _autoload
-from .calibrate import STATIC, attach
+from .calibrate import CALIBRATED, STATIC, attach
 from .console import UserError, reason, table, wrapped
 from .formats import KVFormat, get_format
 from .texts import model_folder
 
 SCALES = _autoload.SCALES
-AUDIT = ('layer', 'k_scale', 'v_scale', 'source')
+AUDIT = {True: ('layer', 'k_scale', 'v_scale', 'source'),  # columns, by whether a format needs scales
+         False: ('layer', 'k_transform', 'v_transform', 'source')}
 
 
 def check_model(model: str, policy: str | None = None, kv_scales: str | None = None) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def check_model(model: str, policy: str | None = None, kv_scales: str | None = N
 
     Returns:
         ``model``, ``architecture``, ``cache`` (layers, kv_heads, head_dim, v_head_dim), ``formats`` (name, supported,
-        reason), then what :func:`audit` returns; its ``layers`` are empty for formats without static scales.
+        reason), then what :func:`audit` returns; its ``layers`` are empty for formats that take nothing from a file.
 
     Raises:
         UserError: no such model or format, or a model that LMDeploy cannot read.
@@ -48,7 +49,7 @@ def check_model(model: str, policy: str | None = None, kv_scales: str | None = N
     if len(refused) == (len(refusals) if asked is None else 1):
         return {**found, 'format': asked.name if asked else None, 'scale_file': None, 'layers': [],
                 'problems': list(dict.fromkeys(why.partition(': ')[2] if asked is None else why for why in refused))}
-    if asked is not None and asked not in STATIC:
+    if asked is not None and asked not in CALIBRATED:
         return {**found, 'format': asked.name, 'scale_file': None, 'layers': [], 'problems': []}
     supported = [fmt for fmt, why in refusals if fmt in STATIC and not why]
     if asked is None and not supported:
@@ -64,26 +65,26 @@ def _format(policy: str) -> KVFormat:
 
 
 def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, Any]:
-    """The static scales that an engine would use, as JSON-able values.
+    """The static scales or transforms that an engine would use, as JSON-able values.
 
     Args:
         model: folder, or name on the hub.
-        policy: a format with static scales.
+        policy: a format with static scales or calibrated transforms.
         kv_scales: a scale file, ``strict``, or None; None leaves it to ``LMDEPLOY_KVQ_SCALES``.
 
     Returns:
-        ``model``, ``format``, ``scale_file`` (path or None), ``layers`` (layer, k_scale, v_scale, source), and
-        ``problems``: what the engine would refuse or warn of.
+        ``model``, ``format``, ``scale_file`` (path or None), ``layers`` (layer, k_scale, v_scale or k_transform,
+        v_transform, and source), and ``problems``: what the engine would refuse or warn of.
 
     Raises:
-        UserError: no such model, or a format without static scales.
+        UserError: no such model, or a format that takes nothing from a file.
     """
     if kv_scales is not None:
         os.environ[SCALES] = kv_scales
     fmt = _format(policy)
-    if fmt not in STATIC:
-        raise UserError(f'{fmt.name} computes its scales as tokens are written; static scales have '
-                        f'{", ".join(f.name for f in STATIC)}')
+    if fmt not in CALIBRATED:
+        raise UserError(f'{fmt.name} computes its scales as tokens are written; static scales or calibrated transforms '
+                        f'have {", ".join(f.name for f in CALIBRATED)}')
     folder = model_folder(model)
     attach()
     from .backends import audit as backend
@@ -93,7 +94,7 @@ def audit(model: str, policy: str, kv_scales: str | None = None) -> dict[str, An
         rows = backend.audit(folder, fmt.policy)
     except ValueError as error:
         return {**report, 'problems': [str(error)]}
-    report['layers'] = [dict(zip(AUDIT, row)) for row in rows]
+    report['layers'] = [dict(zip(AUDIT[fmt.needs_scales], row)) for row in rows]
     warning = default_warning(fmt, rows)
     return {**report, 'problems': [warning] if warning else []}
 
@@ -111,8 +112,8 @@ def render_model(report: dict[str, Any]) -> str:
                          for row in report['formats'] if not row['supported'])
     lines += [wrapped(why, '    ', '  - ') for why in whys if len(whys) > 1 or why not in report['problems']]
     if report['layers']:
-        lines += ['', f'Scales of {report["format"]}', f'scale file: {report["scale_file"] or "none"}',
-                  table([tuple(row.values()) for row in report['layers']], AUDIT)]
+        lines += ['', f'Scales and transforms of {report["format"]}', f'scale file: {report["scale_file"] or "none"}',
+                  table([tuple(row.values()) for row in report['layers']], tuple(report['layers'][0]))]
     lines.append('')
     lines += [wrapped(problem, '    ', '  - ') for problem in report['problems']]
     return '\n'.join([*lines, *([] if report['problems'] else ['OK'])])

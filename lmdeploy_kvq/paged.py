@@ -138,7 +138,7 @@ class PagedCache:
         return self.k_codes, self.v_codes, self.k_scales, self.v_scales, self.k_static_scale, self.v_static_scale
 
     def sizes(self) -> dict[str, int]:
-        """The kernels' constants: elements and bytes (a part) of a row, and as powers of two; parts; tokens of a page."""
+        """The kernels' constants: elements and bytes (a part) of a row, and as powers of 2; parts; tokens of a page."""
         sizes = {'PAGE': self.block_size}
         for suffix, encoding, dim in (('', self.format.key, self.head_dim), ('V', self.format.value, self.v_head_dim)):
             part = part_dim(dim, encoding.codec.parts)

@@ -249,6 +249,8 @@ def _render(model: Model, settings: Settings, rows: list[dict[str, Any]], contex
         these = f'{wanted} such requests (or as many as fit)' if wanted else 'those requests'
         lines.append(wrapped(f'ms/step: reading the weights and the caches of {these} once; a step takes longer.',
                              '  '))
+    lines += [wrapped(f'{fmt.name} is EXPERIMENTAL: {fmt.experimental}.', '  ') for fmt in FORMATS
+              if fmt.experimental and any(row['format'] == fmt.name for row in rows)]
     worst = max(row['table_bytes'] for row in rows)
     if worst > settings.gpu_memory / 100:
         lines.append(wrapped(f'CUDA graphs keep block tables of up to {worst / 1e9:.1f} GB that LMDeploy does not '

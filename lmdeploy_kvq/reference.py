@@ -90,7 +90,9 @@ def decode(codes: torch.Tensor, encoding: Encoding, scale: torch.Tensor,
            transform: Transform | None = None) -> torch.Tensor:
     """Inverse of :func:`encode`: fp32 values of codes [..., heads, head_dim] with scale [..., heads], [heads] or []."""
     values = decode_codes(codes, encoding.codec)
-    if encoding.rotation is not None and transform is not None:
+    if encoding.rotation is not None:
+        if transform is None:
+            raise ValueError('an encoding with a rotation needs its transform')
         values = transform.restore(values)  # before the scale: sums of such products are exact for Hadamard
     return values * scale[..., None]
 

@@ -2,7 +2,8 @@
 
 A scale is what codes are multiplied with; a static format (``fp8``) has one for K and one for V per layer, or one per
 KV head. The names and rules are vLLM's KV-cache scale loading; the file is safetensors with the keys
-``model.layers.N.self_attn.{k,v}_scale``, or the JSON of vLLM's and SGLang's ``kv_cache_scales.json``.
+``model.layers.N.self_attn.{k,v}_scale``, or the JSON of vLLM's and SGLang's ``kv_cache_scales.json``. The safetensors
+file also holds ``k_transform``, the matrices of formats whose K is rotated by a calibrated one.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from .formats import FORMATS, KVFormat
+from .transforms import TransformError, digest_of, from_matrix
 
 MISSING = -1.0
 """The value by which a checkpoint says that a scale was never set."""
@@ -35,7 +37,7 @@ _TAILS = {
                    'v_proj.output_zero_point', 'k_cache.zero_point', 'v_cache.zero_point'),
 }
 _KINDS = {tail: kind for kind, tails in _TAILS.items() for tail in tails}
-_FILE_KEY = re.compile(r'model\.layers\.(\d+)\.self_attn\.([kv])_scale')
+_FILE_KEY = re.compile(r'model\.layers\.(\d+)\.self_attn\.(k_scale|v_scale|k_transform)')
 
 
 class ScaleError(ValueError):
@@ -144,12 +146,15 @@ class ScaleFile:
 
     Attributes:
         layers: layer index to its scales.
+        transforms: layer index to K's matrices, fp32 [kv_heads, head_dim, head_dim]; see
+            :func:`~lmdeploy_kvq.transforms.from_matrix`.
         metadata: strings: format, model fingerprint, data, date; what the file has.
         path: where it was read from.
     """
     layers: dict[int, LayerScales]
     metadata: dict[str, str] = field(default_factory=dict)
     path: str = ''
+    transforms: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 def read_file(path: str | Path) -> ScaleFile:
@@ -172,19 +177,24 @@ def read_file(path: str | Path) -> ScaleFile:
 def _read_safetensors(path: Path) -> ScaleFile:
     from safetensors import safe_open
     layers: dict[int, LayerScales] = {}
+    transforms: dict[int, torch.Tensor] = {}
     with safe_open(path, framework='pt') as file:
         metadata = file.metadata() or {}
         empty = LayerScales(source='calibrated' if 'method' in metadata else 'file')
         for key in file.keys():  # noqa: SIM118 - the file is no mapping
             match = _FILE_KEY.fullmatch(key)
             if match is None:
-                if key.endswith(('k_scale', 'v_scale')):
+                if key.endswith(('k_scale', 'v_scale', 'transform')):
                     raise ScaleError(f'scale file {path}: unknown key {key!r}; scales are named '
-                                     'model.layers.N.self_attn.k_scale and v_scale')
+                                     'model.layers.N.self_attn.k_scale and v_scale, transforms k_transform')
                 continue  # statistics kept beside the scales
-            found: dict[str, Any] = {match[2]: file.get_tensor(key).float()}
-            layers[int(match[1])] = replace(layers.get(int(match[1]), empty), **found)
-        return ScaleFile(layers, metadata, str(path))
+            layer, tensor = int(match[1]), file.get_tensor(key).float()
+            if match[2] == 'k_transform':
+                transforms[layer] = tensor
+            else:
+                found: dict[str, Any] = {match[2][0]: tensor}
+                layers[layer] = replace(layers.get(layer, empty), **found)
+        return ScaleFile(layers, metadata, str(path), transforms)
 
 
 def _read_json(path: Path) -> ScaleFile:
@@ -208,7 +218,8 @@ def check_format(file: ScaleFile, fmt: KVFormat) -> None:
         ScaleError: they were; says what to do.
     """
     made_for = next((f for f in FORMATS if f.name == file.metadata.get('format')), fmt)
-    if made_for.key.codec.qmax > fmt.key.codec.qmax or made_for.value.codec.qmax > fmt.value.codec.qmax:
+    wider = made_for.key.codec.qmax > fmt.key.codec.qmax or made_for.value.codec.qmax > fmt.value.codec.qmax
+    if wider and fmt.needs_scales and made_for.needs_scales:
         raise ScaleError(f'scale file {file.path} is for {made_for.name}, whose codes reach further than those of '
                          f'{fmt.name}; run lmdeploy-kvq calibrate --format {fmt.name}, or serve {made_for.name}')
 
@@ -220,20 +231,22 @@ def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.
 
     Args:
         path: where to.
-        layers: layer index to (K scale, V scale), each a scalar or [kv_heads].
+        layers: layer index to (K scale, V scale), each a scalar or [kv_heads]; empty where only transforms are kept.
         metadata: strings to keep with them: format, model, fingerprint, data, date.
-        statistics: layer index to further tensors by name, which :func:`read_file` skips; no name ends like a scale's.
+        statistics: layer index to further tensors by name: ``k_transform``, and others, which :func:`read_file` skips;
+            no name ends like a scale's.
 
     Raises:
         ScaleError: scales that are not positive and finite.
     """
     from safetensors.torch import save_file
     tensors = {}
-    for layer, pair in layers.items():
-        named = dict(zip(('k_scale', 'v_scale'), pair))
+    statistics = statistics or {}
+    for layer in sorted({*layers, *statistics}):
+        named = dict(zip(('k_scale', 'v_scale'), layers.get(layer, ())))
         for what, scale in named.items():
             check_value(f'layer {layer}', what, scale)
-        for what, tensor in {**(statistics or {}).get(layer, {}), **named}.items():
+        for what, tensor in {**statistics.get(layer, {}), **named}.items():
             tensors[f'model.layers.{layer}.self_attn.{what}'] = tensor.detach().float().cpu().contiguous().clone()
     path = Path(path)
     unfinished = path.with_name(path.name + '.part')
@@ -241,18 +254,16 @@ def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.
     unfinished.replace(path)
 
 
-def provenance(folder: str | Path, fmt: KVFormat, method: str, granularity: str, tokens: int,
-               **about: str) -> dict[str, str]:
+def provenance(folder: str | Path, fmt: KVFormat, tokens: int, **about: str) -> dict[str, str]:
     """Metadata of a scale file that calibration writes.
 
     Args:
         folder: the model.
-        fmt, method, granularity: what the scales are for and how they were chosen.
+        fmt: what the file is for.
         tokens: seen.
-        about: data, engine, partial, and what else there is to say.
+        about: method and granularity where there are scales, data, engine, partial, and what else there is to say.
     """
-    return {'format': fmt.name, 'method': method, 'granularity': granularity, 'model': Path(folder).name,
-            'fingerprint': fingerprint(folder), 'tokens': str(tokens),
+    return {'format': fmt.name, 'model': Path(folder).name, 'fingerprint': fingerprint(folder), 'tokens': str(tokens),
             'date': time.strftime('%Y-%m-%d', time.gmtime()), **about}
 
 
@@ -301,17 +312,45 @@ def validate(file: ScaleFile, layers: Iterable[int], num_kv_heads: int) -> None:
         scales.resolved(f'layer {layer}')
 
 
+def validate_transforms(file: ScaleFile, layers: Iterable[int], num_kv_heads: int, head_dim: int) -> None:
+    """Check a file's transforms of K against a model, before the model is loaded.
+
+    Raises:
+        ScaleError: missing or extra layers, wrong shapes, matrices that cannot be used, or others than were written.
+    """
+    expected = set(layers)
+    for what, wrong in (('has no transform for', expected - file.transforms.keys()),
+                        ('has transforms for unknown', file.transforms.keys() - expected)):
+        if wrong:
+            raise ScaleError(f'scale file {file.path} {what} layer{"s" if len(wrong) > 1 else ""} '
+                             f'{", ".join(map(str, sorted(wrong)))}; the model has {len(expected)} attention layers')
+    shape = (num_kv_heads, head_dim, head_dim)
+    for layer, matrix in sorted(file.transforms.items()):
+        what = f'scale file {file.path}: layer {layer}: k_transform'
+        if tuple(matrix.shape) != shape:
+            raise ScaleError(f'{what} has shape {tuple(matrix.shape)}; the model needs {shape}: KV heads, head_dim, '
+                             'head_dim')
+        try:
+            from_matrix(matrix, what)
+        except TransformError as error:
+            raise ScaleError(str(error)) from error
+    written = file.metadata.get('transform_digest')
+    if written and written != digest_of(file.transforms):
+        raise ScaleError(f'scale file {file.path}: the transforms are not those that calibration wrote (digest '
+                         f'{digest_of(file.transforms)}, written {written})')
+
+
 def shard(scale: torch.Tensor, num_kv_heads: int, rank: int, world_size: int) -> torch.Tensor:
-    """One tensor-parallel rank's part of a scale: scalars as they are, per-head scales split like the heads.
+    """One tensor-parallel rank's part of a scale: scalars as they are, what is per head split like the heads.
 
     With fewer KV heads than ranks, heads are replicated: rank r serves head ``r * num_kv_heads // world_size``.
 
     Args:
-        scale: scalar, [num_kv_heads], or one value per equal group of KV heads.
+        scale: scalar, [num_kv_heads, ...], or one value per equal group of KV heads.
     """
     if scale.numel() == 1:
         return scale.reshape(())
-    heads = scale.repeat_interleave(num_kv_heads // scale.numel())
+    heads = scale.repeat_interleave(num_kv_heads // scale.size(0), 0)
     if num_kv_heads < world_size:
         first = rank * num_kv_heads // world_size
         return heads[first:first + 1]

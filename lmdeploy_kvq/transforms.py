@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -136,3 +137,71 @@ def from_matrix(matrix: torch.Tensor, what: str = 'transform') -> Transform:
         raise TransformError(f'{what}: matrix times inverse is off the identity by {float(defect):.3g} in fp16; up to '
                              f'{MAX_DEFECT:g} is usable')
     return Transform(forward.mT.contiguous(), inverse.contiguous())
+
+
+KINDS = ('balanced', 'diagonal')
+"""How a matrix for K follows from statistics; see :func:`calibrated`."""
+
+RIDGE = 1e-3
+"""Added to the diagonal of second moments, in units of their mean eigenvalue: what was hardly seen stays bounded."""
+
+
+def calibrated(kind: str, key_moment: torch.Tensor, query_moment: torch.Tensor, key_mean: torch.Tensor) -> torch.Tensor:
+    """A for keys, from what queries and keys look like after RoPE.
+
+    The error of a score is ``e A^-1 q`` for an error e of the stored row, so that a good A makes the stored elements
+    alike (e is small) where queries are large (A^-1 takes it down). ``diagonal`` scales elements by
+    ``(E q^2 / E k^2)^1/4`` (SmoothQuant: Xiao et al., 2022, arXiv:2211.10438, here between Q and K) and mixes them by
+    Hadamard. ``balanced`` does it in the basis where it is exact: P = A A^T is the matrix geometric mean of Sk^-1 and
+    Sq, which gives stored keys and transformed queries the same second moment; its free rotation puts the principal
+    axes of the stored keys first and mixes them by Hadamard.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        key_moment: E[k k^T], query_moment: E[q q^T] over the query heads of a KV head, [kv_heads, dim, dim].
+        key_mean: E[k], [kv_heads, dim].
+
+    Returns:
+        fp64 [kv_heads, dim, dim].
+
+    Raises:
+        TransformError: statistics with NaN or inf, or of nothing but zeros.
+    """
+    sk, sq = (_ridged(x.double().cpu(), what) for x, what in ((key_moment, 'keys'), (query_moment, 'queries')))
+    dim = sk.size(-1)
+    mix = hadamard(dim).forward_t[0].mT.double()
+    mix /= mix[0].norm()  # orthonormal
+    if kind == 'diagonal':
+        scale = (sq.diagonal(dim1=1, dim2=2) / sk.diagonal(dim1=1, dim2=2)) ** 0.25
+        return scale[:, :, None] * mix
+    if kind != 'balanced':
+        raise TransformError(f'unknown kind of transform {kind!r}; known are {", ".join(KINDS)}')
+    root, unroot = _power(sk, 0.5), _power(sk, -0.5)
+    half = _power(unroot @ _power(root @ sq @ root, 0.5) @ unroot, 0.5)  # P^1/2
+    mean = key_mean.double().cpu()
+    spread = half @ (key_moment.double().cpu() - mean[:, :, None] * mean[:, None]) @ half
+    axes = torch.linalg.eigh((spread + spread.mT) / 2)[1]
+    # the largest axes go to different Hadamard blocks, where there are several
+    blocks = torch.arange(dim).view(block_size(dim), -1).mT.flatten()
+    return half @ axes.flip(-1)[:, :, blocks] @ mix
+
+
+def _ridged(moment: torch.Tensor, what: str) -> torch.Tensor:
+    mean = moment.diagonal(dim1=1, dim2=2).mean(-1)
+    if not (moment.isfinite().all() and (mean > 0).all()):
+        raise TransformError(f'the second moments of {what} are not finite and positive')
+    return (moment + moment.mT) / 2 + RIDGE * mean[:, None, None] * torch.eye(moment.size(-1), dtype=torch.float64)
+
+
+def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    """A power of symmetric positive definite matrices, fp64 [..., dim, dim]."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return vectors * values.clamp(min=1e-300)[..., None, :] ** exponent @ vectors.mT
+
+
+def digest_of(matrices: Mapping[int, torch.Tensor]) -> str:
+    """Short hash of a model's matrices, by layer: the whole model's, not a rank's."""
+    digest = hashlib.sha256()
+    for layer, matrix in sorted(matrices.items()):
+        digest.update(layer.to_bytes(4, 'little') + matrix.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -92,7 +92,7 @@ def through_lmdeploy(folder: Path, train: str, test: list[list[int]], factor: fl
             out = work / f'{name}-{policy}-{path is not None}.pt'
             probe({'model': str(work / name), 'quant_policy': policy, 'passages': test, 'out': str(out),
                    'engine': {'num_gpu_blocks': 200, 'session_len': 2048, 'max_batch_size': 8}},
-                  {'LMDEPLOY_KVQ_PREFILL': 'cache', 'LMDEPLOY_KVQ_SCALES': str(path) if path else ''}, timeout=150)
+                  {'LMDEPLOY_KVQ_PREFILL': 'cache', 'LMDEPLOY_KVQ_SCALES': str(path) if path else ''}, limit=150)
             return torch.load(out)
 
         base = score(0)

@@ -19,6 +19,7 @@ from lmdeploy_kvq import FORMATS
 
 matplotlib.use('svg')
 import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox
 
 ROOT = Path(__file__).resolve().parent.parent / 'benchmarks'
 SHAPE, PAGE = MAIN[0], 64
@@ -28,6 +29,8 @@ OURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 THEIRS = ('#404040', '#8C8C8C', '#B5B5B5', '#D5D5D5', '#E5E5E5')
 MARKERS = 'osD^vPX*'
 COLUMNS = 5  # of a legend
+OWNER = 'lmdeploy_kvq'
+OWNERS = {'LMDeploy': ('#404040', 's'), 'vLLM': ('#8C8C8C', 'o'), 'Lloyd-Max': ('#B5B5B5', 'D')}  # colour, marker
 plt.rcParams.update({
     'svg.hashsalt': 'lmdeploy_kvq', 'svg.fonttype': 'path', 'font.size': 10, 'axes.titlesize': 10.5,
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
@@ -60,13 +63,16 @@ class Results:
         path = folder / f'{name}.json'
         data = json.loads(path.read_text()) if path.exists() else {'rows': [], 'environment': {}}
         self.name, self.environment = name, data['environment']
-        self.rows = [{**row, 'label': label(row['contender'], row['policy'])} for row in data['rows']
-                     if not row.get('error')]
+        self.rows = [{**row, 'label': label(row['contender'], row['policy']) if 'policy' in row else row['format']}
+                     for row in data['rows'] if not row.get('error')]
+        self.extra = {key: value for key, value in data.items() if key not in ('rows', 'environment')}
 
     @property
     def source(self) -> str:
         """The figure's foot line."""
         env = self.environment
+        if not int(env['gpus']):
+            return f'CPU, torch {env["torch"]}, transformers {env["transformers"]}, commit {env["commit"].split()[0]}'
         return f'{env["gpu"]}, LMDeploy {env["lmdeploy"]}, Triton {env["triton"]}, commit {env["commit"].split()[0]}'
 
 
@@ -250,8 +256,59 @@ def engine(folder: Path, out: Path) -> str | None:
     return None
 
 
+def accuracy(folder: Path, out: Path) -> str | None:
+    """accuracy.svg: a labelled point per format, ours coloured (hollow: calibrated), other systems' grey."""
+    results = Results('accuracy_cpu', folder)
+    if not results.rows:
+        return 'accuracy_cpu.json is not there'
+    points: dict[tuple, list[dict]] = {}
+    for row in results.rows:
+        if row['mean_kl'] and row['transform'] != 'diagonal' and ',' not in row['format']:
+            points.setdefault((row['owner'], row['format'], row['transform']), []).append(row)
+    ours = [fmt.name for fmt in FORMATS]
+    figure, axis = plt.subplots(figsize=(9, 5), dpi=72)  # what the svg renderer measures text in
+    texts = []
+    for (owner, name, transform), rows in points.items():
+        size, kl = rows[0]['bytes_per_token'], sum(row['mean_kl'] for row in rows) / len(rows)
+        own, calibrated = owner == OWNER, transform == 'balanced'
+        colour, marker = style(name, ours) if own else OWNERS[owner]
+        axis.plot(size, kl, marker, color=colour, markersize=7, markeredgewidth=1.6,
+                  markerfacecolor='white' if calibrated else colour)
+        text = name + ', calibrated' * calibrated if own else f'{owner} {name}'
+        texts.append((size, kl, text, colour if own else '#404040'))
+    largest_size = max(text[0] for text in texts)
+    axis.set(yscale='log', xlabel='bytes per token', ylabel='mean KL divergence from the unquantized cache',
+             xlim=(0.1 * largest_size, 1.22 * largest_size))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.14, top=0.9)  # about what finish() makes of it
+    annotate(axis, texts)
+    finish(figure, results, f'What a byte buys: error of {results.extra["model"]} by the size of its cache', [], [],
+           out)
+    return None
+
+
+def annotate(axis, texts: list[tuple[float, float, str, str]]) -> None:
+    """Labels (x, y, text, colour) beside their points, each on the first side where nothing else is."""
+    spots = [axis.transData.transform(text[:2]) for text in texts]
+    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7) for x, y in spots]
+    for x, y, text, colour in texts:
+        for shift, height, side in ((8, 0, 'left'), (-8, 0, 'right'), (8, 8, 'left'), (-8, 8, 'right'), (8, -8, 'left'),
+                                    (-8, -8, 'right'), (8, 14, 'left'), (-8, 14, 'right')):
+            note = axis.annotate(text, (x, y), xytext=(shift, height), textcoords='offset points', fontsize=8,
+                                 color=colour, ha=side, va='center')
+            box = note.get_window_extent().padded(-1)
+            own = axis.transData.transform((x, y))
+            free = not any(box.overlaps(other) and not other.contains(*own) for other in taken)
+            if free and axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1:
+                break
+            note.remove()
+        else:
+            note = axis.annotate(text, (x, y), xytext=(8, 0), textcoords='offset points', fontsize=8, color=colour,
+                                 va='center')
+        taken.append(note.get_window_extent())
+
+
 FIGURES = {'decode_context': by_context, 'decode_batch': by_batch, 'decode_bandwidth': bandwidth, 'fill': fill,
-           'engine': engine}
+           'engine': engine, 'accuracy': accuracy}
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ NOT_MEASURED = '*Not measured yet.*'
 ALT = {'decode_context': 'Decode attention against bf16 by context length',
        'decode_bandwidth': 'Cache bytes read per second by shape',
        'decode_batch': 'Decode attention against bf16 by batch size', 'fill': 'Time to write new tokens against bf16',
-       'engine': 'Decode step and tokens per second of an 8B model'}
+       'engine': 'Decode step and tokens per second of an 8B model',
+       'accuracy': 'Error of a model against the bytes of its cache, beside LMDeploy and vLLM'}
 
 
 def results(name: str) -> list[dict]:
@@ -44,15 +45,16 @@ def formats() -> str:
 
     def kl(policy: int, name: str) -> str:
         found = {r['domain']: r['mean_kl'] for r in accuracy if r['policy'] == policy and r['format'] == name}
-        return f'{found["prose"]:.4f} / {found["technical"]:.4f}'
+        return f'{found["prose"]:.4f} / {found["technical"]:.4f}' if len(found) == 2 else 'not measured'
 
     def speed(contender: str, policy: int) -> str:
         row = next((r for r in decode if (r['contender'], r['policy'], r['shape'], r['load'], r['page'],
                                           r['query_len']) == (contender, policy, SHAPE, LOAD, PAGE, 1)), None)
         return 'not measured' if row is None else f'{row["vs_bf16"]:.2f}x'
 
-    rows = [[f'`{fmt.name}`', str(fmt.policy), f'{fmt.bits_per_element(128):g}',
-             f'{16 / fmt.bits_per_element(128):.2f}x', kl(fmt.policy, fmt.name), speed('kvq', fmt.policy)]
+    rows = [[f'`{fmt.name}`' + ' (experimental)' * bool(fmt.experimental), str(fmt.policy),
+             f'{fmt.bits_per_element(128):g}', f'{16 / fmt.bits_per_element(128):.2f}x',
+             kl(fmt.policy, fmt.name), speed('kvq', fmt.policy)]
             for fmt in FORMATS]
     rows += [[f'*{name} (LMDeploy)*', str(policy), bits, f'{16 / float(bits):.2f}x', kl(policy, f'{name} (LMDeploy)'),
               speed('lmdeploy', policy)] for name, policy, bits in (('fp8', 16, '8'), ('int8', 8, '8.25'),
@@ -145,9 +147,43 @@ def calibration() -> str:
     return table(['model', 'scales', 'mean KL', 'against the original at 1.0', 'same top token'], rows)
 
 
-PARTS = {'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
+def accuracy() -> str:
+    """Every format and transform on a CPU, beside other systems', from the same run."""
+    found: dict[tuple, dict] = {}
+    for row in results('accuracy_cpu'):
+        found.setdefault((row['owner'], row['format'], row['transform']), {})[row['domain']] = row
+    experimental = {fmt.name for fmt in FORMATS if fmt.experimental}
+    lines = []
+    for (owner, name, transform), rows in found.items():
+        first = next(iter(rows.values()))
+        ours = owner == 'lmdeploy_kvq'
+        cell = f'`{name}`' + ' (experimental)' * (name in experimental) if ours else f'*{owner} {name}*'
+        lines.append([cell, transform if ours else '', f'{first["bytes_per_token"]:,.0f}',
+                      *(f'{row["mean_kl"]:.2g} ± {row["kl_standard_error"]:.1g}' for row in rows.values()),
+                      *(f'{row["perplexity"]:.2f}' for row in rows.values()),
+                      *(f'{row["top1_agreement"]:.1%}' for row in rows.values())])
+    domains = list(dict.fromkeys(row['domain'] for row in results('accuracy_cpu')))
+    header = ['format', 'K transform', 'bytes per token', *(f'{what}, {domain}' for what in
+                                                            ('KL', 'perplexity', 'same top token')
+                                                            for domain in domains)]
+    return table(header, lines) if lines else NOT_MEASURED
+
+
+def accuracy_targets() -> str:
+    """KL against another system's, per domain."""
+    path = ROOT / 'benchmarks' / 'results' / 'accuracy_cpu.json'
+    rows = json.loads(path.read_text())['targets'] if path.exists() else []
+    return table(['format', 'K transform', 'against', 'target', 'technical', 'prose', 'verdict'],
+                 [[f'`{row["format"]}`', row['transform'], row['against'], f'{row["limit"]:.2f}x',
+                   f'{row["technical"]:.2f}x', f'{row["prose"]:.2f}x', row['verdict']] for row in rows]) \
+        if rows else NOT_MEASURED
+
+
+PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
+         'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
          'engine': engine, 'prefill': prefill,
-         'plots': partial(plots, 'engine', 'decode_context', 'decode_bandwidth'),
+         'plots': partial(plots, 'engine', 'decode_context', 'decode_bandwidth', 'accuracy'),
+         'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
          'all-plots': partial(plots, folder='../benchmarks'),
          'decode': decode, **{f'decode-{name}': partial(decode, name) for name in PRESETS if name != 'targets'}}
 

@@ -59,7 +59,7 @@ def main() -> int:
             result = probe({'model': str(where), 'quant_policy': policy, 'passages': test, 'out': out,
                             'prompts': train, 'new_tokens': 24, 'batches': ROUNDS,
                             'engine': {'num_gpu_blocks': 200, 'session_len': 2048, 'max_batch_size': 8}},
-                           {'LMDEPLOY_KVQ_PREFILL': 'cache', **env}, timeout=150)
+                           {'LMDEPLOY_KVQ_PREFILL': 'cache', **env}, limit=150)
             return torch.load(out), result
 
         with ThreadPoolExecutor(3) as pool:

@@ -72,7 +72,7 @@ FIRST_AND_HOPPER = (80, 90)
 
 
 def main(capability: int, out: Path) -> None:
-    """Record and compile for every format: what engines do most for every GPU, the rest for the oldest and for Hopper."""
+    """Record and compile for every format: what engines do most for every GPU, the rest for the oldest and Hopper."""
     results, done = [], {}
     for fmt in kvq.FORMATS:
         for case, (block_size, dims) in CASES.items():

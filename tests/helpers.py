@@ -10,8 +10,9 @@ import torch
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
-from lmdeploy_kvq.formats import Codec, KVFormat, page_shape
+from lmdeploy_kvq.formats import Codec, Encoding, KVFormat, page_shape
 from lmdeploy_kvq.kernels.launch import interpreted
+from lmdeploy_kvq.transforms import Transform, hadamard
 
 POISON = 0xFF
 """Fills every unused byte: NaN as fp8 code (e4m3, e5m2) and as fp32 scale."""
@@ -154,6 +155,11 @@ def frobenius(x: torch.Tensor, expected: torch.Tensor) -> float:
 def finite(x: torch.Tensor) -> bool:
     """True if no element is NaN or infinite."""
     return bool(x.isfinite().all())
+
+
+def default_transform(encoding: Encoding, dim: int) -> Transform | None:
+    """What an encoding multiplies rows of ``dim`` elements with if nothing else is given: Hadamard, or None."""
+    return None if encoding.rotation is None else hadamard(dim)
 
 
 def grid(codec: Codec) -> torch.Tensor:

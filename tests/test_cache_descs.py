@@ -56,8 +56,9 @@ def test_descriptors(fmt, kv_heads, head_dim, v_head_dim, block_size, kernel_blo
     v = schema.build_v_cache_desc(config, cache, world_size)
     scales = schema.build_quant_cache_descs(k, v, config, cache)
     heads, v_dim = kv_heads // world_size, v_head_dim or head_dim
-    assert (k.dtype, list(k.shape)) == (torch.uint8, [heads, kernel_block_size // 16, 16 * head_dim])
-    assert (v.dtype, list(v.shape)) == (torch.uint8, [heads, kernel_block_size // 16, 16 * v_dim])
+    for desc, encoding, dim in ((k, fmt.key, head_dim), (v, fmt.value, v_dim)):
+        row = -(-dim * encoding.codec.bits // 8 // 16) * 16  # bytes, in whole groups
+        assert (desc.dtype, list(desc.shape)) == (torch.uint8, [heads, kernel_block_size // 16, 16 * row])
     assert len(scales) == (2 if fmt.per_token_head else 0)  # what models unpack
     for encoding, desc in zip((fmt.key, fmt.value), scales, strict=False):
         assert desc.dtype == torch.float32
@@ -84,6 +85,13 @@ def test_bytes_per_block_in_the_engines_plan(fmt, kv_heads, head_dim, v_head_dim
     own = kvq.PagedCache.allocate(fmt, per_logical, kernel_block_size, heads, head_dim, v_dim, device='cpu')
     static = sum(4 for s in (own.k_static_scale, own.v_static_scale) if s is not None)
     assert own.nbytes - static == block * per_logical
+
+
+@FORMATS
+def test_experimental_formats_say_so_when_chosen(fmt, caplog):
+    from lmdeploy import PytorchEngineConfig
+    PytorchEngineConfig(quant_policy=fmt.name)
+    assert (f'{fmt.name} is EXPERIMENTAL' in caplog.text) == bool(fmt.experimental)
 
 
 def test_heads_that_do_not_split_are_named():

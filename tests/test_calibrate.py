@@ -238,6 +238,39 @@ def test_files_of_scales_serve_the_transformers_cache(folder, tmp_path):
         model(ids, past_key_values=QuantizedCache(fmt, scales=out))
 
 
+@pytest.mark.parametrize('kind', [None, 'balanced', 'diagonal'])
+def test_transforms_from_the_command(folder, tmp_path, capsys, kind):
+    """A file of transforms alone; the transformers cache takes it, and the model's own statistics are in it."""
+    from lmdeploy_kvq.scales import ScaleError, validate_transforms
+    from lmdeploy_kvq.transforms import digest_of
+    out = tmp_path / 's.safetensors'
+    fmt = next(fmt for fmt in calibrate.CALIBRATED if fmt.takes_transform)
+    more = [] if kind is None else ['--transform', kind]
+    assert cli.main(arguments(folder, out, '--format', fmt.name, *more)) == 0
+    assert f'{kind or "balanced"} transforms of {LAYERS} layers' in capsys.readouterr().out
+    file = read_file(out)
+    assert file.layers == {} and file.metadata['transform'] == (kind or 'balanced')
+    assert file.metadata['transform_digest'] == digest_of(file.transforms) and 'method' not in file.metadata
+    validate_transforms(file, range(LAYERS), KV_HEADS, DIM)
+    model, ids = llama(), torch.tensor([list(range(3, 60))])
+    with torch.inference_mode():
+        logits = [model(ids, past_key_values=QuantizedCache(fmt, scales=path)).logits for path in (None, out)]
+    assert not torch.equal(*logits) and logits[1].isfinite().all()
+    with pytest.raises(ScaleError, match='no scales for layer 0'):
+        model(ids, past_key_values=QuantizedCache(calibrate.STATIC[0], scales=out))
+
+
+def test_one_file_for_scales_and_transforms(folder, tmp_path, capsys):
+    out = tmp_path / 's.safetensors'
+    assert cli.main(arguments(folder, out, '--transform', 'diagonal')) == 0
+    file = read_file(out)
+    assert sorted(file.layers) == sorted(file.transforms) == list(range(LAYERS))
+    assert 'fp8 scales and diagonal transforms' in capsys.readouterr().out
+    fmt = next(fmt for fmt in calibrate.CALIBRATED if fmt.takes_transform)
+    assert cli.main(arguments(folder, out, '--format', fmt.name, '--transform', 'none')) == 2
+    assert 'leaves nothing to write' in capsys.readouterr().err
+
+
 def test_the_engines_attention_is_observed(monkeypatch):
     """Packed sequences through the hook's own wrapper: prefill with and without history, then decoding."""
     from lmdeploy_kvq.backends import attention, observer

@@ -32,6 +32,14 @@ def test_unaligned_size_is_what_a_paged_cache_holds(fmt, shape):
         pytest.approx(fmt.bits_per_element(*shape.dims)))
 
 
+@pytest.mark.parametrize('name, least', [('int8_per_token_head', 1.93), ('k8v4', 2.55), ('int4_per_token_head', 3.7),
+                                         ('k4v2', 4.9), ('int2', 7.0)])
+@pytest.mark.parametrize('kv_heads', [1, 8])
+def test_blocks_against_bf16_at_head_dim_128(name, least, kv_heads):
+    for block_size in (64, 128):
+        assert gain(name, CacheShape(32, kv_heads, 128, block_size=block_size)) >= least
+
+
 def test_aligned_size_is_what_lmdeploy_allocates():
     """Through LMDeploy's own descriptors and packed layout, patched as in a server."""
     done = python("""

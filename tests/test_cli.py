@@ -64,6 +64,9 @@ def test_hook_is_active_here_and_in_a_new_process(report, text):
 def test_every_format_is_listed(report, text):
     shape = capacity.CacheShape(1, 8, 128)
     lines = section(text, 'Formats')[2:]
+    warned = ' '.join(text.split())
+    for fmt in kvq.FORMATS:
+        assert (f'{fmt.name} is EXPERIMENTAL' in warned) == bool(fmt.experimental)
     for fmt, row, line in zip(kvq.FORMATS, report['formats'], lines):  # reasons may stand below
         assert (row['name'], row['policy'], tuple(row['aliases'])) == (fmt.name, fmt.policy, fmt.aliases)
         share = capacity.bytes_per_token(fmt, shape) / capacity.bf16_bytes_per_token(shape)

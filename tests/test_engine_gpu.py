@@ -138,6 +138,13 @@ def test_the_metrics_endpoint_shows_saturation():
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
+def test_calibrated_transforms_gain_through_the_engine(tmp_path):
+    """By the command, in LMDeploy's engine: what a gain is stands in scripts/transform_gain.py."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'transform_gain.py', '--model', MODEL, '--out', tmp_path],
+                          text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
 def test_eval_measures_through_the_engine(tmp_path):
     """By the command: a format of ours and one of LMDeploy's, the floor, sizes that the engine allocated, layers."""
     from lmdeploy_kvq import capacity

@@ -34,7 +34,9 @@ def test_names_and_policies_are_unique():
 def test_the_numbers_users_have_written_down():
     """Values are an interface: scripts and servers store them."""
     promised = {'fp8': 16, 'fp8_e4m3': 16, 'fp8_e5m2': 17, 'fp8_per_token_head': 116, 'fp8_e4m3_per_token_head': 116,
-                'fp8_e5m2_per_token_head': 117, 'int8_per_token_head': 108}
+                'fp8_e5m2_per_token_head': 117, 'int8_per_token_head': 108, 'int4_per_token_head': 104,
+                'k8v4_per_token_head': 184, 'k8v4': 184, 'k4v2_per_token_head': 142, 'k4v2': 142,
+                'int2_per_token_head': 102, 'int2': 102}
     assert {name: kvq.get_format(name).policy for name in promised} == promised
     assert promised.items() <= formats.format_names().items()
 
@@ -115,8 +117,10 @@ def test_bits_per_element_is_what_gets_allocated(fmt, head_dim, v_head_dim):
 def test_allocated_shapes(fmt):
     cache = kvq.PagedCache.allocate(fmt.name, 3, 32, 5, 64, 128, device='cpu')
     assert cache.format is fmt
-    assert cache.k_codes.shape == (3, 5, 2, 16 * 64) and cache.v_codes.shape == (3, 5, 2, 16 * 128)
-    assert cache.k_rows.shape == (3, 5, 2, 2, 8, 4, 4, 4) and cache.v_rows.shape == (3, 5, 2, 4, 4, 8, 2, 2, 4)
+    k_bytes, v_bytes = 64 * fmt.key.codec.bits // 8, 128 * fmt.value.codec.bits // 8
+    assert cache.k_codes.shape == (3, 5, 2, 16 * k_bytes) and cache.v_codes.shape == (3, 5, 2, 16 * v_bytes)
+    assert cache.k_rows.shape == (3, 5, 2, 2, 8, k_bytes // 16, 4, 4)
+    assert cache.v_rows.shape == (3, 5, 2, 4, 4, v_bytes // 16, 2, 2, 4)
     assert cache.k_codes.dtype == cache.v_codes.dtype == torch.uint8
     assert not cache.k_codes.any() and not cache.v_codes.any()
     assert (cache.num_blocks, cache.num_kv_heads, cache.block_size) == (3, 5, 32)
@@ -125,6 +129,20 @@ def test_allocated_shapes(fmt):
         assert scale.dtype == torch.float32
         assert scale.shape == ((3, 32, 5) if encoding.per_token_head else ())
         assert encoding.per_token_head or scale.item() == 1.0
+
+
+@pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+def test_a_page_knows_its_transforms(fmt):
+    cache = kvq.PagedCache.allocate(fmt, 2, 16, 2, 96, 64, device='cpu')
+    for encoding, transform, dim in ((fmt.key, cache.k_transform, 96), (fmt.value, cache.v_transform, 64)):
+        assert (transform is None) == (encoding.rotation is None)
+        assert transform is None or transform.dim == dim
+
+
+def test_what_is_experimental_says_so_wherever_it_is_described():
+    for fmt in kvq.FORMATS:
+        assert ('EXPERIMENTAL' in fmt.label) == bool(fmt.experimental) and fmt.label.startswith(fmt.summary)
+    assert kvq.get_format('int2').experimental
 
 
 @pytest.mark.parametrize('block_size', [0, 1, 8, 15, 24, 48, 100, -16])
@@ -160,6 +178,7 @@ def test_head_sizes_of_real_models_are_accepted(head_dim):
 def test_codecs_have_reference_arithmetic(fmt):
     for encoding in (fmt.key, fmt.value):
         values = grid(encoding.codec)
+        assert encoding.codec.parts * encoding.codec.bits == 8
         assert values.min() == -encoding.codec.qmax and values.max() == encoding.codec.qmax
         codes = reference.encode_codes(values, encoding.codec)
         assert torch.equal(reference.decode_codes(codes, encoding.codec), values)

@@ -50,6 +50,7 @@ def test_pieces_add_up(dtype):
     tensors, k, q = layer.tensors(), k.float()[~first], q.float()[~first]
     for head in range(HEADS):
         torch.testing.assert_close(tensors['k_second_moment'][head], k[:, head].T @ k[:, head] / 20)
+        torch.testing.assert_close(tensors['k_mean'][head], k[:, head].mean(0))
         group = q[:, head * GROUP:(head + 1) * GROUP].reshape(-1, DIM)
         torch.testing.assert_close(tensors['q_second_moment'][head], group.T @ group / (20 * GROUP))
 
@@ -145,7 +146,8 @@ def test_files_keep_scales_and_statistics(tmp_path, method, granularity):
         assert file.layers[layer].source == 'calibrated'
     tensors = load_file(path)
     assert tensors['model.layers.4.self_attn.k_second_moment'].shape == (HEADS, DIM, DIM)
-    assert sum(t.numel() for t in tensors.values()) <= 2 * (2 * HEADS * DIM * DIM + 4 * HEADS)
+    assert tensors['model.layers.4.self_attn.k_mean'].shape == (HEADS, DIM)
+    assert sum(t.numel() for t in tensors.values()) <= 2 * HEADS * (2 * DIM * DIM + DIM + 4)
 
 
 def test_fingerprints_follow_the_architecture(tmp_path):

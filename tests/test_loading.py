@@ -155,7 +155,8 @@ def test_only_static_policies_mind_unusable_scales(tmp_path, which):
     add_scales(tmp_path, {f'model.layers.1.self_attn.{name}': tensor})
     for policy in IGNORING:
         model = load(tmp_path)
-        assert settle(model, policy, str(tmp_path), 2) == [] and buffers(model) == [(1, 1)] * 2
+        rows = settle(model, policy, str(tmp_path), 2)  # of transforms, where a file may bring some
+        assert {row[3] for row in rows} <= {'default'} and buffers(model) == [(1, 1)] * 2
         assert model_scales(model).layers == {}
     for policy in STATIC:
         with pytest.raises(ScaleError, match=rf'layers\.1\..*{message}'):

@@ -80,6 +80,8 @@ def check_pytorch_config(original: Callable[..., None], config: Any) -> None:
     if fmt is not None and torch.version.hip:
         raise ValueError(f'quant_policy {fmt.name} needs an NVIDIA GPU: on ROCm fp8 is another format (fnuz), and the '
                          'kernels are untested; use quant_policy none (0) there')
+    if fmt is not None and fmt.experimental:
+        logger.warning(f'lmdeploy_kvq: quant_policy {fmt.name} is EXPERIMENTAL: {fmt.experimental}')
     original(config)
 
 
@@ -108,12 +110,13 @@ def quant_policy_argument(original: Callable[..., argparse.Action], parser: Any,
 
     action.type = parse
     parser.add_argument('--kv-scales', metavar='PATH|strict', default=None,
-                        help='lmdeploy_kvq: scale file for fp8 and fp8_e5m2 (default: kv_scales.safetensors beside the '
-                        'model, else the checkpoint\'s scales, else 1.0); "strict" refuses layers without a scale.')
+                        help='lmdeploy_kvq: scale file for formats with static scales, or calibrated transforms '
+                        '(default: kv_scales.safetensors beside the model, else the checkpoint\'s scales, else 1.0; '
+                        'transforms: else Hadamard); "strict" refuses layers without.')
     parser.add_argument('--kv-calibrate', metavar='N[,head]', type=_calibrate, default=None,
                         help='lmdeploy_kvq: where there is no scale file yet, serve the first N tokens unquantized, '
                         'find the scales of fp8 or fp8_e5m2 on them and write that file; "head": one per KV head.')
-    ours = '; '.join(f'{fmt.name} ({fmt.policy}): {fmt.summary}' for fmt in FORMATS)
+    ours = '; '.join(f'{fmt.name} ({fmt.policy}): {fmt.label}' for fmt in FORMATS)
     action.help = f'{action.help} lmdeploy_kvq, PyTorch engine: {ours}.'.replace('%', '%%')
     return action
 

@@ -64,8 +64,8 @@ def _take(model: torch.nn.Module, fmt: KVFormat, found: dict[str, Found], model_
                      f'{missing[0]}, and use 1.0. Run lmdeploy-kvq calibrate MODEL -o {path}, and start again')
         return
     try:
-        metadata = provenance(model_path, fmt, METHOD, granularity, min(layer.tokens for layer in found.values()),
-                              data='served', engine='lmdeploy', partial='false')
+        metadata = provenance(model_path, fmt, min(layer.tokens for layer in found.values()), method=METHOD,
+                              granularity=granularity, data='served', engine='lmdeploy', partial='false')
         write_file(path, {layer_index(name): (layer.key, layer.value) for name, layer in found.items()}, metadata,
                    {layer_index(name): layer.statistics for name, layer in found.items()})
     except (ScaleError, SafetensorError, OSError) as error:  # the engine serves, and what it serves is right

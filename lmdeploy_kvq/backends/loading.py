@@ -25,8 +25,9 @@ from ..scales import (
     read_file,
     shard,
     validate,
+    validate_transforms,
 )
-from . import observer
+from . import observer, rotations
 from .asked import requested
 from .calibrating import Calibration
 from .checkpoints import advise, declares_fp8_cache
@@ -46,12 +47,14 @@ class ModelScales:
         heads: KV heads of the whole model, and this rank and the number of ranks among which they are split.
         settled: the policy is known. What arrives then (live weight updates) is applied at once, or ignored.
         format: the format served if it has static scales.
+        transforms: what identifies the transforms that K and V are stored with; empty without any.
         calibration: finds the scales while serving; None: it does not, or has.
     """
     layers: dict[str, LayerScales] = field(default_factory=dict)
     heads: tuple[int, int, int] = (1, 0, 1)
     settled: bool = False
     format: KVFormat | None = None
+    transforms: str = ''
     calibration: Calibration | None = None
 
 
@@ -184,7 +187,8 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
         quiet: log nothing (ranks other than 0).
 
     Returns:
-        The audit: (layer, K scale, V scale, source) per attention layer; empty for policies without static scales.
+        The audit: (layer, K scale, V scale, source) per attention layer, or K's and V's transform where those can come
+        from a file; empty for policies that need neither.
 
     Raises:
         ScaleError: values or a file that cannot be used, or ``strict`` and a layer without a scale.
@@ -193,12 +197,13 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
     if fmt is None or fmt.per_token_head:
         store.settled = True
         store.layers.clear()
-        return []
+        heads = (num_kv_heads, rank, world_size)
+        return [] if fmt is None else _settle_transforms(fmt, model, model_path, heads, quiet)
     store.settled, store.format, store.heads = True, fmt, (num_kv_heads, rank, world_size)
     (path, strict), request = scale_file(model_path), requested()
     layers = attention_layers(model)
-    if path is not None:
-        file = read_file(path)
+    file = rotations.usable(None if path is None else read_file(path), fmt)
+    if file is not None:
         validate(file, map(layer_index, layers), num_kv_heads)
         store.layers = {name: file.layers[layer_index(name)] for name in layers}
     elif request is not None and any(name not in store.layers or store.layers[name].source != 'calibrated'
@@ -218,6 +223,18 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
                          'per-token-head format')
     if not quiet:
         report(fmt, audit, path)
+    return audit
+
+
+def _settle_transforms(fmt: KVFormat, model: torch.nn.Module, model_path: str, heads: tuple[int, int, int],
+                       quiet: bool) -> list[tuple[str, str, str, str]]:
+    """:func:`settle` for formats whose scales follow the values: only transforms may come from a file."""
+    path, strict = scale_file(model_path) if fmt.takes_transform else (None, False)
+    file = rotations.usable(None if path is None else read_file(path), fmt)
+    layers = {name: (layer_index(name), module) for name, module in attention_layers(model).items()}
+    audit, model_scales(model).transforms = rotations.attach(fmt, layers, heads, file, strict)
+    if audit and not quiet:
+        rotations.report(fmt, audit, model_scales(model).transforms, None if file is None else file.path)
     return audit
 
 
@@ -255,13 +272,20 @@ def check_file(model_config: Any, quant_policy: int) -> None:
     fmt = find_format(quant_policy)
     model_path = getattr(model_config.hf_config, 'name_or_path', '')
     path, _ = scale_file(model_path)
-    if fmt is None or fmt.per_token_head or path is None:
+    if fmt is None or path is None or not (fmt.needs_scales or fmt.takes_transform):
         return
-    file = read_file(path)
+    file = rotations.usable(read_file(path), fmt)
+    if file is None:
+        return
     check_origin(file, fmt, model_path)
     hybrid = getattr(model_config.llm_config or model_config.hf_config, 'layer_types', None) is not None
-    expected = file.layers if hybrid else range(model_config.num_layers)  # which layers attend is known once built
-    validate(file, expected, kv_heads(model_config))
+    held = file.layers if fmt.needs_scales else file.transforms
+    expected = held if hybrid else range(model_config.num_layers)  # which layers attend is known once built
+    if fmt.needs_scales:
+        validate(file, expected, kv_heads(model_config))
+    else:
+        head_dim = model_config.k_head_dim or model_config.head_dim
+        validate_transforms(file, expected, kv_heads(model_config), head_dim)
 
 
 def check_origin(file: ScaleFile, fmt: KVFormat, model_path: str) -> None:
@@ -274,7 +298,7 @@ def check_origin(file: ScaleFile, fmt: KVFormat, model_path: str) -> None:
     theirs = file.metadata.get('fingerprint')
     if theirs and Path(model_path, 'config.json').is_file() and theirs != fingerprint(model_path):
         logger.warning(f'lmdeploy_kvq: scale file {file.path} was made for another model '
-                       f'({file.metadata.get("model", theirs)}); its scales are used all the same')
+                       f'({file.metadata.get("model", theirs)}); it is used all the same')
 
 
 @torch.inference_mode()  # LMDeploy makes its buffers inference tensors
@@ -313,7 +337,7 @@ def report(fmt: KVFormat, audit: list[tuple[str, str, str, str]], path: str | No
 def default_warning(fmt: KVFormat, audit: list[tuple[str, str, str, str]]) -> str | None:
     """What to say of layers that fall back to 1.0; None where there are none, or the format has range to spare."""
     defaults = sum(row[3] == 'default' for row in audit)
-    if not defaults or fmt.key.codec.qmax >= MAX_INPUT / 2:
+    if not defaults or not fmt.needs_scales or fmt.key.codec.qmax >= MAX_INPUT / 2:
         return None
     return (f'{defaults} of {len(audit)} layers have no {fmt.name} scale and use 1.0; values beyond '
             f'{fmt.key.codec.qmax:g} saturate. Run lmdeploy-kvq calibrate MODEL -o MODEL/{FILE_NAME}, pass --kv-scales '

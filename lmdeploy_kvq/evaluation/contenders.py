@@ -4,9 +4,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..calibrate import FILE, STATIC
+from ..calibrate import CALIBRATED, FILE
 from ..console import UserError
-from ..formats import FORMATS, format_names, get_format
+from ..formats import FORMATS, KVFormat, format_names, get_format
 from .material import Contender
 
 NONE, ALL, STOCK = 'none', 'all', 'lmdeploy:'
@@ -30,7 +30,7 @@ def find_contenders(names: Sequence[str], kv_scales: str | None, folder: str, en
         for one in [fmt.name for fmt in FORMATS] if name == ALL else [name]:
             known = get_format(one) if one in format_names() or _is_policy(one) else None
             if known is not None:
-                own = scales if known in STATIC else None
+                own = scales if scales is not None and _has(scales, known) else None
                 found[known.name] = Contender(known.name, known.policy, known, scales=own)
             elif one != NONE:
                 found[one] = _stock(one, engine)
@@ -59,8 +59,20 @@ def _stock(name: str, engine: str) -> Contender:
     return Contender(name, number, stock=True)
 
 
+def _has(path: str, fmt: KVFormat) -> bool:
+    """Whether a scale file has what a format takes. The runs of static formats say why one cannot be read."""
+    from ..scales import ScaleError, read_file
+    if fmt not in CALIBRATED:
+        return False
+    try:
+        file = read_file(path)
+    except ScaleError:
+        return fmt.needs_scales
+    return bool(file.layers if fmt.needs_scales else file.transforms)
+
+
 def _scales(given: str | None, folder: str) -> str | None:
-    """The scale file for static formats: the one given, else the one beside the model."""
+    """The scale file: the one given, else the one beside the model."""
     if given is not None:
         if not Path(given).is_file():
             raise UserError(f'there is no scale file {given}; lmdeploy-kvq calibrate writes one')

@@ -34,7 +34,8 @@ class Contender:
         name: what the user calls it. policy: LMDeploy's number; 0 is the unquantized cache.
         format: of this package; None for the unquantized cache and for LMDeploy's own policies.
         stock: run by LMDeploy alone, with this package switched off.
-        scales: file of static scales, for formats that have them; None: those of the checkpoint, else 1.0.
+        scales: file of static scales or transforms, for formats that take them; None: those of the checkpoint, else
+            1.0; Hadamard.
         floor: a repetition of the unquantized cache, whose differences are those of a run to the next.
     """
     name: str

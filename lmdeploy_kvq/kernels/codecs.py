@@ -5,10 +5,11 @@ interpreter), and picks the cheapest exact instructions.
 
 ``decode_*`` takes bytes and returns a tuple of fp16 tensors of their shape, one for each code in a byte, the lowest
 bits first. What it returns is the stored value plus the codec's offset, divided by a power of two
-(:func:`decode_gain`): GPUs without fp8 conversion decode with shifts alone. Part i of an integer code is 2^(bits x i) times larger, for it stays
-where it stands in its byte: an fp16 whose bits are just an integer n is n x 2^-24, exactly (a subnormal number, which
-tensor cores multiply as fast as any other), so that neither conversion nor shift is needed. With CENTERED, 2^(bits - 1)
-is subtracted from integers, which leaves an offset of 0 or -1/2: sums over many tokens would drown in an offset.
+(:func:`decode_gain`): GPUs without fp8 conversion decode with shifts alone. Part i of an integer code is 2^(bits x i)
+times larger, for it stays where it stands in its byte: an fp16 whose bits are just an integer n is n x 2^-24, exactly
+(a subnormal number, which tensor cores multiply as fast as any other), so that neither conversion nor shift is needed.
+With CENTERED, 2^(bits - 1) is subtracted from integers, which leaves an offset of 0 or -1/2: sums over many tokens
+would drown in an offset.
 """
 from __future__ import annotations
 
