@@ -261,10 +261,7 @@ class Workspace:
 
     def prepare(self, query: torch.Tensor, cache: PagedCache) -> Workspace:
         """Do what :func:`~lmdeploy_kvq.kernels.fill.fill` does, where nothing is to be filled."""
-        if self.rotated is None:
-            self.counters.zero_()
-        else:
-            fill(None, None, cache, TokenLayout(), self.inputs(query))
+        fill(None, None, cache, TokenLayout(), self.inputs(query))
         return self
 
     def at_once(self, cache: PagedCache) -> int:

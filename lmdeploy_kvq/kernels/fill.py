@@ -231,6 +231,9 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
     """
     check_device(cache.k_codes)
     tokens = _check(key, value, cache, inputs)
+    if key is None and inputs is not None and inputs.query is None:
+        inputs.counters.zero_()  # nothing else to do
+        return
     if tokens == 0:
         return
     fmt, table, cap = cache.format, layout.block_table, compute_capability(cache.k_codes.device)
