@@ -17,6 +17,7 @@ from lmdeploy_kvq.evaluation import through_engine
 from lmdeploy_kvq.evaluation.contenders import find_contenders, layer_contender
 from lmdeploy_kvq.evaluation.material import Contender, Material, Needle, Passage, Run
 from lmdeploy_kvq.evaluation.rows import Sizes, make_rows
+from lmdeploy_kvq.scales import write_file
 
 CONFIG = {'architectures': ['LlamaForCausalLM'], 'hidden_size': 64, 'num_hidden_layers': 2, 'vocab_size': 256,
           'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 64, 'intermediate_size': 96}
@@ -35,6 +36,13 @@ def test_names_become_contenders(tmp_path):
     (tmp_path / 'kv_scales.safetensors').touch()
     for c in find_contenders(('all', ), None, str(tmp_path), 'lmdeploy'):
         assert (c.scales is not None) == (c.format in STATIC)
+    for transforms in (True, False):  # formats get the file if it has what they take
+        scale, matrix = torch.tensor(0.1), torch.eye(64).expand(2, 64, 64)
+        write_file(tmp_path / 'kv_scales.safetensors', {} if transforms else {0: (scale, scale)}, {},
+                   {0: {'k_transform': matrix}} if transforms else {})
+        for c in find_contenders(('all', ), None, str(tmp_path), 'lmdeploy'):
+            takes = c.format is not None and (c.format.takes_transform if transforms else c.format.needs_scales)
+            assert (c.scales is not None) == takes
 
 
 def test_lmdeploys_own_policies():

@@ -7,9 +7,18 @@ import torch
 from test_loading import load, write_model
 
 from lmdeploy_kvq import FORMATS, modelcheck
+from lmdeploy_kvq._autoload import CALIBRATE
 from lmdeploy_kvq.backends import audit
 from lmdeploy_kvq.backends.attention import TRANSFORM
-from lmdeploy_kvq.backends.loading import SCALES, attention_layers, check_file, kv_heads, model_scales, settle
+from lmdeploy_kvq.backends.loading import (
+    PENDING,
+    SCALES,
+    attention_layers,
+    check_file,
+    kv_heads,
+    model_scales,
+    settle,
+)
 from lmdeploy_kvq.calibrate import CALIBRATED
 from lmdeploy_kvq.console import UserError
 from lmdeploy_kvq.scales import FILE_NAME, ScaleError, read_file, shard, validate_transforms, write_file
@@ -172,6 +181,19 @@ def test_which_file_is_meant(folder, monkeypatch):
     for fmt in FORMATS:
         if fmt.per_token_head and not fmt.takes_transform:
             assert settle(model, fmt.policy, str(folder), HEADS) == []
+
+
+def test_calibration_while_serving_replaces_no_transforms(folder, monkeypatch):
+    """A file of transforms beside the model has no scales, and is not overwritten with some."""
+    fp8, model = next(fmt for fmt in FORMATS if fmt.needs_scales), load(folder)
+    write(folder / FILE_NAME, BOTH)
+    monkeypatch.setenv(CALIBRATE, '64')
+    for check in (lambda: check_file(audit.build_empty(str(folder))[1], fp8.policy),
+                  lambda: settle(model, fp8.policy, str(folder), HEADS)):
+        with pytest.raises(ScaleError, match='would be replaced; name another file to write with --kv-scales PATH'):
+            check()
+    monkeypatch.setenv(SCALES, str(folder / 'other.safetensors'))
+    assert settle(model, fp8.policy, str(folder), HEADS)[0][3] == PENDING
 
 
 def test_doctor_says_where_transforms_come_from(folder):
