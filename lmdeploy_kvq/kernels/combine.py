@@ -45,6 +45,7 @@ def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_
     m = tl.max(ms, 0)
     shift = tl.where(m == float('-inf'), 0.0, m)
     l = tl.sum(ls * tl.exp2(ms - shift[None, :]), 0)
+    wide = step.to(tl.int64)
     accs = ()
     for _ in tl.static_range(PARTSV):
         accs += (tl.zeros([BLOCK_PV, ROWS], tl.float32), )
@@ -52,7 +53,7 @@ def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_
         factors, loaded = (), ()
         for some in tl.static_range(AT_ONCE):
             some_mask = mask & (start + some < children)
-            ptrs = row_ptrs + (start + some).to(tl.int64) * step
+            ptrs = row_ptrs + (start + some) * wide
             factors += (tl.load(ptrs + PARTSV * PARTV, mask=some_mask, other=float('-inf'), cache_modifier='.cg'), )
             for part in tl.static_range(PARTSV):
                 loaded += (tl.load(ptrs[None, :] + (part * PARTV + byte)[:, None],
