@@ -34,6 +34,17 @@ def results(name: str) -> list[dict]:
     return json.loads(path.read_text())['rows'] if path.exists() else []
 
 
+def measured(*names: str) -> str:
+    """Which commits result files are of: a table says more about the kernels of that commit than about later ones."""
+    found = {}
+    for name in names:
+        path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
+        if path.exists():
+            found[name] = json.loads(path.read_text())['environment']
+    said = '; '.join(f'{name}.json: commit {env["commit"]}, {env["date"]}' for name, env in found.items())
+    return f'\n\n*{said}.*' if said else ''
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in (header, ['---'] * len(header), *rows))
@@ -41,7 +52,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def formats() -> str:
     """One line per format: size from the table, accuracy and speed from the committed results."""
-    accuracy, decode = results('accuracy_engine'), results('decode')
+    accuracy, decode = results('accuracy_engine'), results('decode_rotated') + results('decode')
 
     def kl(policy: int, name: str) -> str:
         found = {r['domain']: r['mean_kl'] for r in accuracy if r['policy'] == policy and r['format'] == name}
@@ -73,9 +84,9 @@ def number(row: dict, key: str, form: str) -> str:
     return format(row[key], form) if row.get(key) is not None else ''
 
 
-def decode(preset: str = 'targets') -> str:
+def decode(preset: str = 'targets', name: str = 'decode') -> str:
     """The committed decode measurements of a preset, whichever preset measured them; a column per policy."""
-    rows = [row for row in results('decode') if PRESETS[preset].holds(row)]
+    rows = [row for row in results(name) if PRESETS[preset].holds(row)]
     if not rows:
         return NOT_MEASURED
     columns = list(dict.fromkeys((row['contender'], row['policy']) for row in rows))
@@ -94,7 +105,7 @@ def decode(preset: str = 'targets') -> str:
     header = ['shape', 'load', 'page', *(['query'] if queries else []), *(label(*column) for column in columns)]
     return table(header, [[shape, load, str(page), *([str(query)] if queries else []),
                            *(cell(found.get(column)) for column in columns)]
-                          for (shape, load, page, query), found in lines.items()])
+                          for (shape, load, page, query), found in lines.items()]) + measured(name)
 
 
 def targets() -> str:
@@ -102,7 +113,8 @@ def targets() -> str:
     lines = [line for name in TARGETS for line in verdicts(name, results(name))]
     return table(['target', 'met', 'rows', 'missed', 'furthest off', 'bound', 'where'],
                  [[line['target'], line['met'], str(line.get('rows', '')), str(line.get('missed', '')),
-                   number(line, 'worst', '.3f'), line.get('limit', ''), line.get('worst_row', '')] for line in lines])
+                   number(line, 'worst', '.3f'), line.get('limit', ''), line.get('worst_row', '')] for line in lines]) \
+        + measured(*TARGETS)
 
 
 def engine() -> str:
@@ -112,7 +124,7 @@ def engine() -> str:
              *(number(row, key, form) for key, form in (('decode_tokens_per_s', '.0f'), ('ttft_s', '.2f'),
                                                         ('num_gpu_blocks', 'd')))] for row in results('engine')]
     return table(['requests x tokens', 'GPUs', 'cache', 'decode step, ms', 'against bf16', 'tokens/s', 'median TTFT, s',
-                  'pages that fit'], rows) if rows else NOT_MEASURED
+                  'pages that fit'], rows) + measured('engine') if rows else NOT_MEASURED
 
 
 def prefill() -> str:
@@ -122,7 +134,7 @@ def prefill() -> str:
              f'{number(row, "vs_bf16", ".3f")}x' if row.get('vs_bf16') else row.get('error', ''),
              number(row, 'peak_extra_gib', '.2f')] for row in results('prefill')]
     return table(['case', 'tokens', 'from the cache', 'cache', 'TTFT, s', 'spread', 'against bf16', 'peak memory, GiB'],
-                 rows) if rows else NOT_MEASURED
+                 rows) + measured('prefill') if rows else NOT_MEASURED
 
 
 def plots(*names: str, folder: str = 'benchmarks') -> str:
@@ -136,7 +148,7 @@ def fill() -> str:
     """The committed fill measurements."""
     rows = [[row['shape'], row['load'], label(row['contender'], row['policy']), f'{row["us"]:.1f}',
              f'{row["copy_fraction"]:.0%}', f'{row["vs_bf16"]:.2f}x'] for row in results('fill')]
-    return table(['KV heads x size', 'load', 'kernel', 'us', '% of copy', 'against bf16'], rows)
+    return table(['KV heads x size', 'load', 'kernel', 'us', '% of copy', 'against bf16'], rows) + measured('fill')
 
 
 def calibration() -> str:
@@ -185,7 +197,8 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'plots': partial(plots, 'engine', 'decode_context', 'decode_bandwidth', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
          'all-plots': partial(plots, folder='../benchmarks'),
-         'decode': decode, **{f'decode-{name}': partial(decode, name) for name in PRESETS if name != 'targets'}}
+         'decode': decode, 'decode-rotated': partial(decode, 'formats', 'decode_rotated'),
+         **{f'decode-{name}': partial(decode, name) for name in PRESETS if name != 'targets'}}
 
 
 def main() -> int:
