@@ -21,6 +21,10 @@ MIN_SCALE = 1e-6
 MAX_INPUT = 65504.0
 """Largest magnitude stored, fp16's maximum: larger values and infinities saturate here (see docs/formats.md)."""
 
+MAX_UNBIASED = 1.5
+"""Largest unbiased scale, in least squares scales. Rows like those of models stay below 1.4; a row of which one element
+is nearly all would otherwise decode to several times its norm."""
+
 _FP8_DTYPES = {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}
 
 
@@ -81,9 +85,10 @@ def encode(x: torch.Tensor, encoding: Encoding, scale: torch.Tensor | None = Non
         return codes, step
     c = decode_codes(codes, encoding.codec)
     xc = (x * c).sum(-1)
-    if encoding.rule == 'least_squares':
-        return codes, (xc / c.square().sum(-1)).clamp(min=MIN_SCALE)
-    return codes, (x.square().sum(-1) / xc.clamp(min=MIN_SCALE**2)).clamp(min=MIN_SCALE)
+    best = xc / c.square().sum(-1)
+    if encoding.rule == 'unbiased':
+        best = torch.minimum(x.square().sum(-1) / xc.clamp(min=MIN_SCALE**2), MAX_UNBIASED * best)
+    return codes, best.clamp(min=MIN_SCALE)
 
 
 def decode(codes: torch.Tensor, encoding: Encoding, scale: torch.Tensor,

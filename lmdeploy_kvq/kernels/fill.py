@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import MAX_INPUT, MIN_SCALE
+from ..reference import MAX_INPUT, MAX_UNBIASED, MIN_SCALE
 from .codecs import device_codec
 from .launch import check_device, compute_capability, dependent_launch, multiprocessors
 from .rotation import rotate_columns
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from ..paged import PagedCache
 
 
-STEP, LEAST_SQUARES, UNBIASED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_RULES = {'step': STEP.value, 'least_squares': LEAST_SQUARES.value, 'unbiased': UNBIASED.value}
+_RULES = {'step': 0, 'least_squares': 1, 'unbiased': 2}
 
 
 @triton.jit
@@ -47,7 +46,7 @@ def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matr
                    ENCODE: tl.constexpr, OFFSET: tl.constexpr, RMS: tl.constexpr, FACTOR: tl.constexpr,
                    RULE: tl.constexpr, PER_TOKEN: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
                    PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                   MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, CAP: tl.constexpr):
+                   MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr, CAP: tl.constexpr):
     """Quantize rows [D] at ``x_ptr + offset`` and write them; see ``reference.encode``.
 
     Args:
@@ -85,10 +84,11 @@ def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matr
     tl.store(codes_ptr[None, :] + place, packed.to(tl.uint8), mask=live[None, :] & (byte < PART)[:, None])
     if PER_TOKEN:
         scale = step
-        if RULE == 1:
-            scale = tl.maximum(xc / cc, MIN_SCALE)
-        if RULE == 2:
-            scale = tl.maximum(xx / tl.maximum(xc, MIN_SCALE * MIN_SCALE), MIN_SCALE)
+        if RULE != 0:
+            scale = xc / cc
+            if RULE == 2:
+                scale = tl.minimum(xx / tl.maximum(xc, MIN_SCALE * MIN_SCALE), scale * MAX_UNBIASED)
+            scale = tl.maximum(scale, MIN_SCALE)
         tl.store(scales_ptr, scale, mask=live)
 
 
@@ -118,7 +118,7 @@ def _fill_kernel(
         ENCODE: tl.constexpr, ENCODEV: tl.constexpr, OFFSET: tl.constexpr, OFFSETV: tl.constexpr,  #
         RMS: tl.constexpr, RMSV: tl.constexpr, FACTOR: tl.constexpr, FACTORV: tl.constexpr, RULE: tl.constexpr,
         RULEV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr, BITS: tl.constexpr,
-        BITSV: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr,  #
+        BITSV: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr,  #
         D: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, PARTV: tl.constexpr, BLOCK_P: tl.constexpr,
         BLOCK_PV: tl.constexpr, PARTS: tl.constexpr, PARTSV: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_DV: tl.constexpr, HEADS_PER_KV: tl.constexpr, FILLS: tl.constexpr,  #
@@ -174,13 +174,13 @@ def _fill_kernel(
                            k_codes_ptr + block * stride_kb + head * stride_kh, k_scale_ptrs, k_scale_ptr, k_rotation,
                            live, key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), ENCODE, OFFSET,
                            RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT,
-                           CAP)
+                           MAX_UNBIASED, CAP)
         else:
             _write_columns(value_ptr, row * stride_value_t + head * stride_value_h, token < num_tokens,
                            v_codes_ptr + block * stride_vb + head * stride_vh, v_scale_ptrs, v_scale_ptr, v_rotation,
                            live, value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), ENCODEV,
                            OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV,
-                           MIN_SCALE, MAX_INPUT, CAP)
+                           MIN_SCALE, MAX_INPUT, MAX_UNBIASED, CAP)
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,7 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         *_strides(key), *_strides(value), *_strides(query), k_transform.stride_h if k_transform else 0,
         v_transform.stride_h if v_transform else 0, 0 if query is None else query.size(1), *cache.strides(),
         **_encoding(fmt.key, ''), **_encoding(fmt.value, 'V'), MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT,
+        MAX_UNBIASED=MAX_UNBIASED,
         **cache.sizes(), HEADS_PER_KV=heads_per_kv,
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=warps,
