@@ -38,7 +38,7 @@ plots:  ## benchmarks/*.svg and the tables of README and docs, from benchmarks/r
 	$(PYTHON) scripts/readme.py
 
 docs: $(DOCS_VENV)/.stamp  ## site/, in an environment of its own; a warning is an error
-	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet  # the variable silences a notice of the theme
 	@echo 'open site/index.html, or run $(DOCS_VENV)/bin/mkdocs serve'
 
 $(DOCS_VENV)/.stamp: setup.cfg scripts/extras.py

@@ -68,10 +68,10 @@ def format_facts() -> str:
     def scales(fmt: KVFormat) -> str:
         return '[static](scales.md)' if fmt.needs_scales else 'computed as tokens are written'
 
+    keys = {None: 'none', 'hadamard': 'Hadamard', 'calibrated': 'Hadamard, or calibrated'}
     return table(['format', 'also called', 'what it is', 'scales', 'transform of keys'],
-                 [[f'`{fmt.name}`', ', '.join(f'`{alias}`' for alias in (*fmt.aliases, fmt.policy)), fmt.label, scales(fmt),
-                   {None: 'none', 'hadamard': 'Hadamard', 'calibrated': 'Hadamard, or calibrated'}[fmt.key.rotation]]
-                  for fmt in FORMATS])
+                 [[f'`{fmt.name}`', ', '.join(f'`{alias}`' for alias in (*fmt.aliases, fmt.policy)), fmt.label,
+                   scales(fmt), keys[fmt.key.rotation]] for fmt in FORMATS])
 
 
 def tensor_parallel() -> str:
