@@ -75,10 +75,17 @@ def format_facts() -> str:
 
 
 def tensor_parallel() -> str:
-    """Two GPUs against one, as far as committed."""
-    rows = [[row['policy'], row['way'], f'{row["equal_sequences"]} of {row["sequences"]}', f'{abs(row["mean_kl"]):.1g}']
-            for row in results('tp')]
-    return table(['policy', 'GPUs', 'same sequences', 'mean KL'], rows) if rows else NOT_MEASURED
+    """Greedy tokens of two GPUs against one, as far as committed."""
+    rows = [[f'`{row["policy"]}`', row['way'], f'{row["equal_sequences"]} of {row["sequences"]}']
+            for row in results('tp') if row['way'] != 'tp=1']
+    return table(['policy', 'GPUs', 'same sequences'], rows) if rows else NOT_MEASURED
+
+
+def tensor_parallel_scales() -> str:
+    """Scales per KV head on two GPUs against one, as far as committed."""
+    rows = [[row['run'], f'{row["mean_kl"]:.2g}', f'{row["equal_sequences"]} of {row["sequences"]}']
+            for row in results('tp_scales')]
+    return table(['run', 'mean KL', 'same sequences'], rows) if rows else NOT_MEASURED
 
 
 def hooks() -> str:
@@ -199,8 +206,8 @@ def accuracy_targets() -> str:
 
 PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
-         'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'tp': tensor_parallel, 'prefill': prefill,
-         'format-facts': format_facts,
+         'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
+         'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'plots': partial(plots, 'engine', 'decode_context', 'decode_bandwidth', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
          'speed-plots': partial(plots, 'engine', 'decode_context', folder='../benchmarks'),
