@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 JOBS ?= 2
 bin = $(VENV)/bin
 
-.PHONY: env lint test test-gpu demo bench plots clean
+.PHONY: env lint test test-gpu demo bench plots docs clean
 
 test: lint  ## everything that runs without a GPU, in an environment of its own
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile
@@ -36,6 +37,16 @@ plots:  ## benchmarks/*.svg and the tables of README and docs, from benchmarks/r
 	$(PYTHON) scripts/plots.py
 	$(PYTHON) scripts/readme.py
 
+docs: $(DOCS_VENV)/.stamp  ## site/, in an environment of its own; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet  # the variable silences a notice of the theme
+	@echo 'open site/index.html, or run $(DOCS_VENV)/bin/mkdocs serve'
+
+$(DOCS_VENV)/.stamp: setup.cfg scripts/extras.py
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(PYTHON) scripts/extras.py docs >$(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/pip install -q --disable-pip-version-check -r $(DOCS_VENV)/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

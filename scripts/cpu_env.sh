@@ -18,7 +18,7 @@ without_dependencies=(lmdeploy==0.18.0 flash-linear-attention==0.6.0 fla-core==0
 }
 
 # A change of the requirements, of this script, of the packaging, of Python or of where all this lies makes a new one.
-stamp=$({ cat cpu-requirements.txt scripts/cpu_env.sh pyproject.toml
+stamp=$({ cat cpu-requirements.txt scripts/cpu_env.sh scripts/extras.py pyproject.toml
           awk '/^\[/ { kept = /^\[(metadata|options)/ } kept' setup.cfg
           "$python" -VV; echo "$root $env $torch"; } | sha256sum | cut -d ' ' -f 1)
 [ "$(cat "$env/.stamp" 2>/dev/null)" != "$stamp" ] || exit 0
@@ -35,15 +35,7 @@ pip "$torch" 2>/dev/null || pip --extra-index-url "$index" "$torch" || {
        "with PIP_EXTRA_INDEX_URL=... or PIP_FIND_LINKS=FOLDER" >&2
   exit 1
 }
-"$env/bin/python" - >"$env/tools.txt" <<'EOF'
-import configparser
-
-config = configparser.ConfigParser(interpolation=None)
-config.read('setup.cfg')
-extras = config['options.extras_require']
-lines = (extras['tools'] + extras['test'] + extras['dev']).splitlines()
-print('setuptools>=70.1', *(line for line in lines if line and not line.startswith('lmdeploy-kvq[')), sep='\n')
-EOF
+{ echo 'setuptools>=70.1'; "$env/bin/python" scripts/extras.py tools test dev; } >"$env/tools.txt"
 pip "$torch" -r cpu-requirements.txt -r "$env/tools.txt"
 pip --no-deps "${without_dependencies[@]}"
 pip --no-deps --no-build-isolation -e .

@@ -15,7 +15,7 @@ from pathlib import Path
 from labels import label
 from targets import PRESETS, TARGETS, verdicts
 
-from lmdeploy_kvq import FORMATS
+from lmdeploy_kvq import FORMATS, KVFormat
 from lmdeploy_kvq.hook import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +74,31 @@ def formats() -> str:
                  rows)
 
 
+def format_facts() -> str:
+    """One line per format: what it is, and what it is called."""
+    def scales(fmt: KVFormat) -> str:
+        return '[static](scales.md)' if fmt.needs_scales else 'computed as tokens are written'
+
+    keys = {None: 'none', 'hadamard': 'Hadamard', 'calibrated': 'Hadamard, or calibrated'}
+    return table(['format', 'also called', 'what it is', 'scales', 'transform of keys'],
+                 [[f'`{fmt.name}`', ', '.join(f'`{alias}`' for alias in (*fmt.aliases, fmt.policy)), fmt.label,
+                   scales(fmt), keys[fmt.key.rotation]] for fmt in FORMATS])
+
+
+def tensor_parallel() -> str:
+    """Greedy tokens of two GPUs against one, as far as committed."""
+    rows = [[f'`{row["policy"]}`', row['way'], f'{row["equal_sequences"]} of {row["sequences"]}']
+            for row in results('tp') if row['way'] != 'tp=1']
+    return table(['policy', 'GPUs', 'same sequences'], rows) if rows else NOT_MEASURED
+
+
+def tensor_parallel_scales() -> str:
+    """Scales per KV head on two GPUs against one, as far as committed."""
+    rows = [[row['run'], f'{row["mean_kl"]:.2g}', f'{row["equal_sequences"]} of {row["sequences"]}']
+            for row in results('tp_scales')]
+    return table(['run', 'mean KL', 'same sequences'], rows) if rows else NOT_MEASURED
+
+
 def hooks() -> str:
     """One line per patched target."""
     return table(['target', 'why'], [[f'`{patch.name}`', patch.why] for patch in PATCHES])
@@ -117,12 +142,12 @@ def targets() -> str:
         + measured(*TARGETS)
 
 
-def engine() -> str:
+def engine(name: str = 'engine') -> str:
     """The committed end-to-end measurements."""
     rows = [[row['load'], str(row['tp']), label(row['contender'], row['policy']), number(row, 'step_ms', '.2f'),
              f'{number(row, "vs_bf16", ".2f")}x' if row.get('vs_bf16') else row.get('error', ''),
              *(number(row, key, form) for key, form in (('decode_tokens_per_s', '.0f'), ('ttft_s', '.2f'),
-                                                        ('num_gpu_blocks', 'd')))] for row in results('engine')]
+                                                        ('num_gpu_blocks', 'd')))] for row in results(name)]
     return table(['requests x tokens', 'GPUs', 'cache', 'decode step, ms', 'against bf16', 'tokens/s', 'median TTFT, s',
                   'pages that fit'], rows) + measured('engine') if rows else NOT_MEASURED
 
@@ -193,9 +218,11 @@ def accuracy_targets() -> str:
 
 PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
-         'engine': engine, 'prefill': prefill,
+         'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
+         'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'plots': partial(plots, 'engine', 'decode_context', 'decode_bandwidth', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
+         'speed-plots': partial(plots, 'engine', 'decode_context', folder='../benchmarks'),
          'all-plots': partial(plots, folder='../benchmarks'),
          'decode': decode, 'decode-rotated': partial(decode, 'formats', 'decode_rotated'),
          **{f'decode-{name}': partial(decode, name) for name in PRESETS if name != 'targets'}}
