@@ -23,7 +23,7 @@ SHAPE = '32x8x128'
 
 
 def rows_of(presets: dict, factor: float = 0.55, read_fraction: float = 0.95) -> list[dict]:
-    """Rows in which a token costs the same everywhere, and in our formats ``factor`` of that, or what is asked of them."""
+    """Rows in which a token costs the same everywhere; in our formats ``factor`` of that, or less if less is asked."""
     rows = []
     for (shape, page), contenders in bench_decode.combos(presets).items():
         for name, launches in contenders.items():
