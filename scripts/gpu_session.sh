@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs one GPU. Results and logs go to a folder; copy its JSON files to benchmarks/results.
 # Usage: gpu_session.sh OUT PART...   (SmolLM2 in ~/models/smollm2; KVQ_COMMIT names the commit where git does not)
-#   verify  kernel tests, engine matrix, accuracy, scales, side by side: about seven minutes
-#   bench   decode and fill, timed alone: about two minutes
-#   engine  an 8B model end to end, and prefill: about six minutes
+#   verify  kernel tests, engine matrix, accuracy, scales, side by side: about twelve minutes
+#   bench   decode and fill, timed alone: about four minutes
+#   engine  an 8B model end to end, and prefill: about eight minutes
 set -u
 out=$1; shift; mkdir -p "$out"
 start=$SECONDS
@@ -25,13 +25,15 @@ for part in "$@"; do
     run 300 served python3 scripts/served_calibration.py --out "$out" &
     run 120 sleep python3 scripts/sleep_check.py ~/models/smollm2 &
     wait
+    run 300 transforms python3 scripts/transform_gain.py --out "$out"
     run 100 cost python3 -m pytest -q -p no:cacheprovider tests/test_saturation.py
     run 120 demo make --no-print-directory demo ;;
   bench)
     run 300 decode python3 scripts/bench_decode.py --preset all --out "$out"
     run 100 fill python3 scripts/bench_fill.py --out "$out" ;;
   engine)
-    run 400 engine python3 scripts/bench_engine.py --out "$out"
+    run 500 engine python3 scripts/bench_engine.py --out "$out" \
+      --policies none,fp8_per_token_head,int8_per_token_head,int4_per_token_head
     run 240 prefill python3 scripts/bench_prefill.py --out "$out" ;;
   *) echo "unknown part: $part" >&2; exit 2 ;;
   esac
