@@ -282,6 +282,16 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _check_layers(file: ScaleFile, one: str, many: str, found: Mapping[int, Any], layers: Iterable[int]) -> None:
+    """Raise ScaleError unless ``found`` has the model's layers and no others; one, many: what it has for them."""
+    expected = set(layers)
+    for what, wrong in ((f'has no {one} for', expected - found.keys()),
+                        (f'has {many} for unknown', found.keys() - expected)):
+        if wrong:
+            raise ScaleError(f'scale file {file.path} {what} layer{"s" if len(wrong) > 1 else ""} '
+                             f'{", ".join(map(str, sorted(wrong)))}; the model has {len(expected)} attention layers')
+
+
 def validate(file: ScaleFile, layers: Iterable[int], num_kv_heads: int) -> None:
     """Check a scale file against a model, before the model is loaded.
 
@@ -293,12 +303,7 @@ def validate(file: ScaleFile, layers: Iterable[int], num_kv_heads: int) -> None:
     Raises:
         ScaleError: missing or extra layers, wrong shapes, values that are not positive and finite.
     """
-    expected = set(layers)
-    for what, wrong in (('has no scales for', expected - file.layers.keys()),
-                        ('has scales for unknown', file.layers.keys() - expected)):
-        if wrong:
-            raise ScaleError(f'scale file {file.path} {what} layer{"s" if len(wrong) > 1 else ""} '
-                             f'{", ".join(map(str, sorted(wrong)))}; the model has {len(expected)} attention layers')
+    _check_layers(file, 'scales', 'scales', file.layers, layers)
     for layer, scales in sorted(file.layers.items()):
         for what, scale in (('k_scale', scales.k), ('v_scale', scales.v), ('kv_scale', scales.kv)):
             if scale is None:
@@ -318,12 +323,7 @@ def validate_transforms(file: ScaleFile, layers: Iterable[int], num_kv_heads: in
     Raises:
         ScaleError: missing or extra layers, wrong shapes, matrices that cannot be used, or others than were written.
     """
-    expected = set(layers)
-    for what, wrong in (('has no transform for', expected - file.transforms.keys()),
-                        ('has transforms for unknown', file.transforms.keys() - expected)):
-        if wrong:
-            raise ScaleError(f'scale file {file.path} {what} layer{"s" if len(wrong) > 1 else ""} '
-                             f'{", ".join(map(str, sorted(wrong)))}; the model has {len(expected)} attention layers')
+    _check_layers(file, 'transform', 'transforms', file.transforms, layers)
     shape = (num_kv_heads, head_dim, head_dim)
     for layer, matrix in sorted(file.transforms.items()):
         what = f'scale file {file.path}: layer {layer}: k_transform'

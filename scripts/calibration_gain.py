@@ -19,7 +19,7 @@ import torch
 from benchlib import print_table, write_results
 from eval_engine import passages, probe
 from smollm2 import HOME, find_or_convert
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from lmdeploy_kvq import hf_observer
 from lmdeploy_kvq.calibrate import STATIC
@@ -38,6 +38,16 @@ def rescale(model: torch.nn.Module, factor: float) -> None:
         for part, by in (('.q_proj.', 1 / factor), ('.k_proj.', factor)):
             if part in name:
                 parameter.data *= by
+
+
+def write_model(source: Path, target: Path, factor: float | None = None) -> PretrainedConfig:
+    """Write a model in bf16 with its tokenizer, rescaled if there is a factor; returns its configuration."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    if factor is not None:
+        rescale(model, factor)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    return model.config
 
 
 def compare(base: list[torch.Tensor], scores: list[torch.Tensor]) -> dict[str, float]:
@@ -78,11 +88,7 @@ def through_lmdeploy(folder: Path, train: str, test: list[list[int]], factor: fl
     """Rows of both models, by LMDeploy's engine in bf16, calibrated by the command."""
     rows = []
     for name in LIMITS:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        if name == 'rescaled':
-            rescale(model, factor)
-        model.save_pretrained(work / name)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(work / name)
+        write_model(folder, work / name, factor if name == 'rescaled' else None)
         scales = work / f'{name}.safetensors'
         subprocess.run([sys.executable, '-m', 'lmdeploy_kvq.cli', 'calibrate', str(work / name), '--data', '-', '-o',
                         str(scales), '--engine', 'lmdeploy', '--new-tokens', '16'], input=train, text=True, check=True,

@@ -18,11 +18,9 @@ import time
 import urllib.request
 from pathlib import Path
 
-import torch
-from calibration_gain import FMT, rescale
+from calibration_gain import FMT, write_model
 from server import Server
 from smollm2 import HOME
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LINE = re.compile(r'^lmdeploy_kvq:saturated_share\{.*tensor="k".*\} (\S+)$', re.M)
 
@@ -50,11 +48,7 @@ def main() -> int:
     found = []
     with tempfile.TemporaryDirectory() as work:
         folder, scales = Path(work, 'model'), Path(work, 'scales.safetensors')
-        model = AutoModelForCausalLM.from_pretrained(args.model.expanduser(), dtype=torch.bfloat16)
-        rescale(model, args.factor)
-        layers = model.config.num_hidden_layers
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(args.model.expanduser()).save_pretrained(folder)
+        layers = write_model(args.model.expanduser(), folder, args.factor).num_hidden_layers
         subprocess.run([sys.executable, '-m', 'lmdeploy_kvq.cli', 'calibrate', str(folder), '-o', str(scales)],
                        check=True, timeout=240)
         for extra in ([], ['--kv-scales', str(scales)]):

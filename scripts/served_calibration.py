@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 from benchlib import print_table, write_results
-from calibration_gain import FMT, LIMITS, compare, rescale
+from calibration_gain import FMT, LIMITS, compare, write_model
 from eval_engine import passages, probe
 from smollm2 import HOME, find_or_convert
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from lmdeploy_kvq.scales import read_file, validate
 
@@ -49,10 +49,7 @@ def main() -> int:
     train, test = list(map(tokenizer.decode, chosen[::2])), chosen[1::2]
     with tempfile.TemporaryDirectory() as work:
         folder, file = Path(work, 'rescaled'), Path(work, 'scales.safetensors')
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        rescale(model, args.factor)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        config = write_model(source, folder, args.factor)
 
         def run(name: str, where: Path, policy: int, **env: str) -> tuple[list[torch.Tensor], dict]:
             out = f'{work}/{name}.pt'
@@ -73,7 +70,7 @@ def main() -> int:
         found['restarted'] = run('restarted', folder, FMT.policy, LMDEPLOY_KVQ_CALIBRATE=str(args.tokens),
                                  LMDEPLOY_KVQ_SCALES=str(file))
         scales = read_file(file)
-        validate(scales, range(model.config.num_hidden_layers), model.config.num_key_value_heads)
+        validate(scales, range(config.num_hidden_layers), config.num_key_value_heads)
     rows = [{'engine': name, **compare(found[base][0], found[name][0])} for name, base in
             (('original', 'original bf16'), ('pending', 'bf16'), ('served', 'bf16'), ('restarted', 'bf16'))]
     limits = {'pending': PENDING_LIMIT, 'served': LIMITS['rescaled'], 'restarted': LIMITS['rescaled']}

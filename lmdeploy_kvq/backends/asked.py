@@ -52,10 +52,10 @@ def requested() -> Request | None:
 
 def check_format(fmt: KVFormat | None) -> None:
     """Raise ValueError for policies without static scales."""
-    if fmt is None or fmt.per_token_head:
+    if fmt is None or not fmt.needs_scales:
         named = 'this quant_policy has no static scales' if fmt is None else \
             f'{fmt.name} computes its scales as tokens are written'
-        static = ', '.join(f.name for f in FORMATS if not f.per_token_head)
+        static = ', '.join(f.name for f in FORMATS if f.needs_scales)
         raise ValueError(f'--kv-calibrate (or {CALIBRATE}) asks to calibrate while serving, but {named}; drop it, or '
                          f'serve one of {static}')
 

@@ -80,6 +80,6 @@ def declares_fp8_cache(hf_config: Any) -> bool:
 
 def advise(what: str) -> None:
     """The line for a policy 0 on a checkpoint made for an fp8 KV cache."""
-    fmt = next(fmt for fmt in FORMATS if not fmt.per_token_head)
+    fmt = next(fmt for fmt in FORMATS if fmt.needs_scales)
     logger.warning(f'lmdeploy_kvq: {what}, which quant_policy 0 ignores: the cache stays in 16 bits. Serve with '
                    f'--quant-policy {fmt.name} to use it.')

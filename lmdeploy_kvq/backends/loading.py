@@ -124,10 +124,11 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
     original(agent)
     from lmdeploy.pytorch.distributed import get_tp_world_rank
     model, policy = bare_model(agent.patched_model), agent.cache_config.quant_policy
+    fmt = find_format(policy)
     if agent.misc_config.empty_init:
         if before is not None:
             model_scales(model).layers.update(model_scales(bare_model(before)).layers)
-        elif has_static_scales(policy):
+        elif fmt is not None and fmt.needs_scales:
             collect_checkpoint(model, agent.model_path)
     if model_scales(model).layers and int(policy) == 0 and agent.rank == 0 \
             and not declares_fp8_cache(agent.model_config.hf_config):  # what is declared was said before loading
@@ -144,12 +145,6 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
 def bare_model(patched: Any) -> torch.nn.Module:
     """The model of an agent, which is wrapped for CUDA graphs some time after it is built."""
     return patched if isinstance(patched, torch.nn.Module) else patched.get_model()
-
-
-def has_static_scales(quant_policy: int) -> bool:
-    """True for policies that this file is about."""
-    fmt = find_format(quant_policy)
-    return fmt is not None and not fmt.per_token_head
 
 
 def collect_checkpoint(model: torch.nn.Module, model_path: str) -> None:
@@ -194,7 +189,7 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
         ScaleError: values or a file that cannot be used, or ``strict`` and a layer without a scale.
     """
     fmt, store = find_format(quant_policy), model_scales(model)
-    if fmt is None or fmt.per_token_head:
+    if fmt is None or not fmt.needs_scales:
         store.settled = True
         store.layers.clear()
         heads = (num_kv_heads, rank, world_size)

@@ -113,7 +113,7 @@ def schedule_metrics(original: Callable[[Any], Any], engine: Any) -> Any:
         setattr(found, ATTRIBUTE, sampler.latest)
         return found
     fmt = find_format(engine.cache_config.quant_policy)
-    if fmt is not None and not fmt.per_token_head:  # where scales follow the values, a code per row is at the limit
+    if fmt is not None and fmt.needs_scales:  # where scales follow the values, a code per row is at the limit
         setattr(engine.cache_config, ATTRIBUTE, Sampler(fmt))
     return found
 

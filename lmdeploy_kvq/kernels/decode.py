@@ -94,7 +94,7 @@ def _decode_kernel(
     """
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     ROW_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
-    if PDL and WAIT == 0:
+    if PDL and WAIT == WAIT_FIRST:
         tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0) // ROW_TILES
     pid = tl.program_id(1)
@@ -138,7 +138,7 @@ def _decode_kernel(
         tile = tl.maximum(tile, first)
         stop = tl.minimum(last, tile + remaining)
         token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
-        if PDL and WAIT == 1:
+        if PDL and WAIT == WAIT_QUERIES:
             tl.extra.cuda.gdc_wait()
         raw = load_queries(q_ptr + token * stride_qt + head * stride_qh, row_mask, D, PART, BLOCK_P, PARTS)
         # While queries are on their way (nothing waits for a read before its first use), so is the first tile.
@@ -154,7 +154,7 @@ def _decode_kernel(
         accs = ()
         for _ in tl.static_range(PARTSV):
             accs += (tl.zeros([BLOCK_PV, BLOCK_M], tl.float32), )
-        if PDL and WAIT == 2:
+        if PDL and WAIT == WAIT_PAGES:
             tl.extra.cuda.gdc_wait()
         oldest = kv_len - QUERY_LEN - WINDOW
         for step in range(tile, stop):

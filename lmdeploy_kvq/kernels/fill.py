@@ -27,8 +27,8 @@ _RULES = {'step': 0, 'least_squares': 1, 'unbiased': 2}
 
 
 @triton.jit
-def _grid_step(parts, mask, PARTS: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr,
-               FACTOR: tl.constexpr, MIN_SCALE: tl.constexpr):
+def _grid_step(parts, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, FACTOR: tl.constexpr,
+               MIN_SCALE: tl.constexpr):
     """Step of each column's grid: FACTOR times its largest magnitude, or its root mean square."""
     size = tl.sum(parts[0], 0) * 0.0
     for part in tl.static_range(PARTS):
@@ -66,7 +66,7 @@ def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matr
                         other=0.0).to(tl.float32)
             parts += (tl.minimum(tl.maximum(x, -MAX_INPUT), MAX_INPUT), )
     if PER_TOKEN:
-        step = _grid_step(parts, valid, PARTS, PART, D, RMS, FACTOR, MIN_SCALE)
+        step = _grid_step(parts, PARTS, D, RMS, FACTOR, MIN_SCALE)
     else:
         step = tl.load(static_ptr) + tl.zeros_like(offset).to(tl.float32)
     inverse = 1.0 / step
