@@ -52,7 +52,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def formats() -> str:
     """One line per format: size from the table, accuracy and speed from the committed results."""
-    accuracy, decode = results('accuracy_engine'), results('decode_rotated') + results('decode')
+    # Of ours only what the present kernels did; LMDeploy's are what they were.
+    accuracy = results('accuracy_engine')
+    decode = results('decode_rotated') + [row for row in results('decode') if row['contender'] != 'kvq']
 
     def kl(policy: int, name: str) -> str:
         found = {r['domain']: r['mean_kl'] for r in accuracy if r['policy'] == policy and r['format'] == name}
@@ -149,7 +151,7 @@ def engine(name: str = 'engine') -> str:
              *(number(row, key, form) for key, form in (('decode_tokens_per_s', '.0f'), ('ttft_s', '.2f'),
                                                         ('num_gpu_blocks', 'd')))] for row in results(name)]
     return table(['requests x tokens', 'GPUs', 'cache', 'decode step, ms', 'against bf16', 'tokens/s', 'median TTFT, s',
-                  'pages that fit'], rows) + measured('engine') if rows else NOT_MEASURED
+                  'pages that fit'], rows) + measured(name) if rows else NOT_MEASURED
 
 
 def prefill() -> str:
@@ -220,9 +222,8 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
          'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
-         'plots': partial(plots, 'engine', 'decode_context', 'decode_bandwidth', 'accuracy'),
+         'plots': partial(plots, 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
-         'speed-plots': partial(plots, 'engine', 'decode_context', folder='../benchmarks'),
          'all-plots': partial(plots, folder='../benchmarks'),
          'decode': decode, 'decode-rotated': partial(decode, 'formats', 'decode_rotated'),
          **{f'decode-{name}': partial(decode, name) for name in PRESETS if name != 'targets'}}
