@@ -300,6 +300,7 @@ def rank_main(rank, cases, out):
     scaled = torch.randn
     for granularity, replicas in cases:
         case(t, rank, granularity, replicas, f'{{out}}.{{granularity}}.{{replicas}}', head, scaled)
+    dist.destroy_process_group()  # else its threads may outlive the interpreter: "terminate called", SIGABRT
 
 def case(t, rank, granularity, replicas, out, head, scaled):
     layers = t.Layers(t.STATIC[0], 30, granularity)
