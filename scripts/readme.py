@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import compatibility
 from labels import label
 from targets import PRESETS, TARGETS, verdicts
 
@@ -222,7 +223,7 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
          'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
-         'plots': partial(plots, 'accuracy'),
+         'compatibility': compatibility.page, 'plots': partial(plots, 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
          'all-plots': partial(plots, folder='../benchmarks'),
          'decode': decode, 'decode-rotated': partial(decode, 'formats', 'decode_rotated'),

@@ -8,6 +8,9 @@ if not GPU:
     os.environ['TRITON_INTERPRET'] = '1'  # read when triton is imported, which torch does; so before either
 
 
+pytest_plugins = ['evidence']
+
+
 def pytest_configure(config):
     """Declare the ``gpu`` marker; silence what Triton's interpreter does on every loop over device values."""
     config.addinivalue_line('markers', 'gpu: needs a CUDA GPU; skipped elsewhere')

@@ -20,8 +20,8 @@ class Row:
     refused: str = ''
 
 
-SECTIONS = {'arch': 'Model architectures', 'feature': 'Features of the engine', 'parallel': 'More than one GPU or server',
-            'memory': 'Memory', 'load': 'Under load', 'fault': 'Faults and bad input', 'version': 'LMDeploy versions'}
+SECTIONS = {'arch': 'Model architectures', 'feature': 'Features of the engine',
+            'parallel': 'More than one GPU or server', 'memory': 'Memory', 'load': 'Under load', 'fault': 'Faults and bad input', 'version': 'LMDeploy versions'}
 
 ROWS = (
     Row('arch.llama', 'Llama'),

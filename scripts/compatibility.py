@@ -1,0 +1,70 @@
+"""The table of docs/compatibility.md, from what ``pytest --evidence`` wrote: every row with the tests that show it."""
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'tests'))
+from rows import ROWS, SECTIONS, Row  # noqa: E402
+
+RESULTS = ROOT / 'benchmarks' / 'results'
+
+
+def evidence(folder: Path = RESULTS) -> tuple[list[dict], list[dict[str, str]]]:
+    """Tests that ran, each with ``gpu`` (the GPU's name, empty on a CPU), and the environments of the files."""
+    tests, environments = [], []
+    for path in sorted(folder.glob('compatibility_*.json')):
+        data = json.loads(path.read_text(encoding='utf-8'))
+        env = data['environment']
+        environments.append(env)
+        gpu = env['gpu'] if int(env['gpus']) else ''
+        tests += [{**row, 'gpu': gpu, 'gpus': env['gpus']} for row in data['rows'] if row['outcome'] != 'skipped']
+    return tests, environments
+
+
+def verdict(row: Row, tests: Sequence[Mapping[str, str]]) -> str:
+    """What tests say of a row: ``fails`` if any of them does."""
+    if any(test['outcome'] == 'failed' for test in tests):
+        return '**fails**'
+    passed = [test for test in tests if test['outcome'] == 'passed']
+    if not passed:
+        return 'not run yet'
+    if row.refused:
+        return f'refused: {row.refused}'
+    if row.needs_gpu and not any(test['gpu'] for test in passed):
+        return 'not run on a GPU yet; its CPU tests pass'
+    return 'works'
+
+
+def shown_by(tests: Sequence[Mapping[str, str]]) -> str:
+    """Files of the tests, with how many of each passed where."""
+    counts: dict[tuple[str, str], int] = {}
+    for test in tests:
+        key = test['test'].partition('::')[0], 'GPU' if test['gpu'] else 'CPU'
+        counts[key] = counts.get(key, 0) + (test['outcome'] == 'passed')
+    return '; '.join(f'[{Path(file).name}](../{file}): {number} on {where}'
+                     for (file, where), number in sorted(counts.items()))
+
+
+def table(tests: Sequence[Mapping[str, str]], environments: Sequence[Mapping[str, str]]) -> str:
+    """The page's tables, one per section, and what they are of."""
+    parts = []
+    for section, title in SECTIONS.items():
+        lines = [f'## {title}', '', '| what | state | tests passed |', '| --- | --- | --- |']
+        for row in ROWS:
+            if row.id.partition('.')[0] == section:
+                own = [test for test in tests if row.id in test['covers']]
+                lines.append(f'| {row.what} | {verdict(row, own)} | {shown_by(own)} |')
+        parts.append('\n'.join(lines))
+    said = '; '.join(f'{env["gpus"]} x {env["gpu"]}' if int(env['gpus']) else 'CPU' for env in environments)
+    commits = ', '.join(dict.fromkeys(f'{env["commit"]} ({env["date"]})' for env in environments))
+    parts.append(f'*From runs on {said or "nothing yet"}; commits {commits or "none"}.*')
+    return '\n\n'.join(parts)
+
+
+def page() -> str:
+    """The generated part of docs/compatibility.md."""
+    return table(*evidence())
