@@ -21,7 +21,8 @@ class Row:
 
 
 SECTIONS = {'arch': 'Model architectures', 'feature': 'Features of the engine',
-            'parallel': 'More than one GPU or server', 'memory': 'Memory', 'load': 'Under load', 'fault': 'Faults and bad input', 'version': 'LMDeploy versions'}
+            'parallel': 'More than one GPU or server', 'memory': 'Memory', 'load': 'Under load',
+            'fault': 'Faults and bad input', 'version': 'LMDeploy versions'}
 
 ROWS = (
     Row('arch.llama', 'Llama'),
