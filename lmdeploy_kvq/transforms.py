@@ -20,6 +20,10 @@ MAX_DEFECT = 0.02
 """Largest element of ``A x inverse - I``, both in fp16."""
 
 
+MIN_BUTTERFLY = 64
+"""Smallest dim that kernels multiply by butterflies: the parts of its rows have no padding."""
+
+
 class TransformError(ValueError):
     """A matrix that cannot be used; the message says why."""
 
@@ -33,9 +37,12 @@ class Transform:
             multiply from the left.
         inverse: fp16 [heads or 1, dim, dim], contiguous: ``row = stored @ inverse``; and queries meet stored keys as
             ``query @ inverse.mT``.
+        factors: sizes of the entries of A and of its inverse, where they are those of one Hadamard matrix: kernels
+            then multiply by butterflies, and read no matrix. Zeros elsewhere.
     """
     forward_t: torch.Tensor
     inverse: torch.Tensor
+    factors: tuple[float, float] = (0.0, 0.0)
 
     @property
     def dim(self) -> int:
@@ -49,16 +56,16 @@ class Transform:
 
     def to(self, device: torch.device | str) -> Transform:
         """The same on another device."""
-        return Transform(self.forward_t.to(device), self.inverse.to(device))
+        return Transform(self.forward_t.to(device), self.inverse.to(device), self.factors)
 
     def head(self, index: int) -> Transform:
         """The map of one KV head alone."""
         index = 0 if self.inverse.size(0) == 1 else index
-        return Transform(self.forward_t[index:index + 1], self.inverse[index:index + 1])
+        return Transform(self.forward_t[index:index + 1], self.inverse[index:index + 1], self.factors)
 
     def store(self, rows: torch.Tensor) -> torch.Tensor:
         """fp32 ``rows @ A``, rows [..., heads, dim]."""
-        return _product(rows, self.forward_t.mT)
+        return _product(rows, self.forward_t.mT, self.factors[0] != 0)
 
     def restore(self, stored: torch.Tensor) -> torch.Tensor:
         """fp32 ``stored @ inverse``, stored [..., heads, dim]."""
@@ -67,24 +74,25 @@ class Transform:
     def query(self, rows: torch.Tensor) -> torch.Tensor:
         """fp32 ``rows @ inverse.T``, rows [..., heads, dim], as many heads as KV heads or a multiple."""
         group = rows.size(-2) // self.inverse.size(0) if self.inverse.size(0) > 1 else 1
-        return _product(rows, self.inverse.mT.repeat_interleave(group, 0))
+        return _product(rows, self.inverse.mT.repeat_interleave(group, 0), self.factors[1] != 0)
 
     def digest(self) -> str:
         """Short hash of the matrices: caches written with different ones do not mix."""
         return hashlib.sha256(self.forward_t.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def _product(rows: torch.Tensor, matrix: torch.Tensor, exact: bool) -> torch.Tensor:
     """fp32 rows [..., heads, dim] times matrix [heads or 1, dim, dim].
 
-    Rows are rounded to fp16 as multiples of a power of two near their largest element, which changes bf16 rows only
-    where they are 2^-14 of the largest or less.
+    Unless ``exact``, rows are rounded to fp16 as multiples of a power of two near their largest element, which changes
+    bf16 rows only where they are 2^-14 of the largest or less.
     """
-    rows = rows.float()
+    rows, matrix = rows.float(), matrix.float().expand(rows.size(-2), -1, -1)
+    if exact:
+        return torch.einsum('...hi,hij->...hj', rows, matrix)
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=2.0**-126)
     power = torch.exp2(torch.frexp(largest)[1] - 1.0)
-    rounded = (rows / power).half().float()
-    return torch.einsum('...hi,hij->...hj', rounded, matrix.float().expand(rows.size(-2), -1, -1)) * power
+    return torch.einsum('...hi,hij->...hj', (rows / power).half().float(), matrix) * power
 
 
 def block_size(dim: int) -> int:
@@ -105,8 +113,9 @@ def hadamard(dim: int, device: torch.device | str = 'cpu') -> Transform:
     parity = sum((both >> bit) & 1 for bit in range(max(block.bit_length() - 1, 1))) % 2
     signs = torch.where(index[:, None] // block == index[None, :] // block, 1.0 - 2.0 * parity, 0.0)
     bits = block.bit_length() - 1
-    forward, inverse = signs * 2.0**-((bits + 1) // 2), signs * 2.0**-(bits // 2)
-    return Transform(forward[None].half().to(device), inverse[None].half().to(device))
+    factors = 2.0**-((bits + 1) // 2), 2.0**-(bits // 2)
+    forward, inverse = (signs[None].half().to(device) * factor for factor in factors)
+    return Transform(forward, inverse, factors if MIN_BUTTERFLY <= dim == block else (0.0, 0.0))
 
 
 def from_matrix(matrix: torch.Tensor, what: str = 'transform') -> Transform:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .attend import LOG2E
-from .rotation import power_below, rotate_back
+from .rotation import hadamard_columns, join_parts, power_below, rotate_back
 
 FAN = tl.constexpr(16)
 """Results that one program combines."""
@@ -69,13 +69,14 @@ def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV: tl.constexpr, PARTV: tl.constexpr,
-           BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr):
+def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, zero, DV: tl.constexpr,
+           PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr, HADAMARDV: tl.constexpr):
     """Write final rows: a sink joins the denominator, the rotation of V is undone; rows that saw nothing are zeros.
 
     Args:
         out_ptrs: [rows] where rows go.
-        sinks_ptrs: [rows] pointers, or None; matrix_ptr: the inverse of V's matrix, or None.
+        sinks_ptrs: [rows] pointers, or None.
+        matrix_ptr: the inverse of V's matrix, or None; HADAMARDV: the factor of butterflies in its place, or 0.
         out_scale: scalar that outputs are multiplied with.
     """
     factor = out_scale
@@ -86,7 +87,7 @@ def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV: tl
         factor = out_scale * tl.exp2(m - top)
     factor = factor / tl.where(l > 0.0, l, 1.0)
     byte = tl.arange(0, BLOCK_PV)
-    if matrix_ptr is None:
+    if matrix_ptr is None and HADAMARDV == 0:
         for part in tl.static_range(PARTSV):
             there = (byte < PARTV) & (part * PARTV + byte < DV)
             tl.store(out_ptrs[None, :] + (part * PARTV + byte)[:, None],
@@ -100,11 +101,17 @@ def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV: tl
         stored = ()
         for part in tl.static_range(PARTSV):
             stored += ((accs[part] / power[None, :]).to(tl.float16), )
-        # A few rows of the matrix at a time: registers that spill here cost more than waiting.
-        BLOCK_OUT: tl.constexpr = 32 if BLOCK_PV >= 64 else (64 if BLOCK_DV > 64 else BLOCK_DV)
-        for first in range(0, DV, BLOCK_OUT):
-            dim = first + tl.arange(0, BLOCK_OUT)
-            out = rotate_back(stored, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
-            tl.store(out_ptrs[None, :] + dim[:, None],
-                     (out * (power * factor)[None, :]).to(out_ptrs.dtype.element_ty),
+        factor = power * factor
+        if HADAMARDV != 0:
+            dim = tl.arange(0, DV)
+            out = hadamard_columns(join_parts(stored, PARTSV), HADAMARDV, 'tf32', zero) * factor[None, :]
+            tl.store(out_ptrs[None, :] + dim[:, None], out.to(out_ptrs.dtype.element_ty),
                      mask=mask[None, :] & (dim < DV)[:, None])
+        else:
+            # A few rows of the matrix at a time: registers that spill here cost more than waiting.
+            BLOCK_OUT: tl.constexpr = 32 if BLOCK_PV >= 64 else (64 if BLOCK_DV > 64 else BLOCK_DV)
+            for first in range(0, DV, BLOCK_OUT):
+                dim = first + tl.arange(0, BLOCK_OUT)
+                out = rotate_back(stored, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
+                tl.store(out_ptrs[None, :] + dim[:, None], (out * factor[None, :]).to(out_ptrs.dtype.element_ty),
+                         mask=mask[None, :] & (dim < DV)[:, None])

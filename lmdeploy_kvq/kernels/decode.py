@@ -17,6 +17,7 @@ from .codecs import decoding, device_codec
 from .combine import FAN, STATISTICS, combine_partials, finish, store_partial
 from .fill import DecodeInputs, TokenLayout, fill
 from .launch import check_device, compute_capability, dependent_launch, multiprocessors
+from .rotation import operand
 from .tiles import first_program, program_share, visible_tiles
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ WAIT_FIRST, WAIT_QUERIES, WAIT_PAGES = tl.constexpr(0), tl.constexpr(1), tl.cons
 @triton.jit
 def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid, pieces, slot_step, counter_step,
                  level_step, sinks_ptrs, matrix_ptr, out_scale, DV: tl.constexpr, PARTV: tl.constexpr,
-                 BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-                 AT_ONCE: tl.constexpr):
+                 BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr,
+                 HADAMARDV: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr):
     """This program's result is left; combine it with the others' where it was the last to come.
 
     Args:
@@ -58,8 +59,8 @@ def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid,
             m, l, accs = combine_partials(ptrs, row_mask, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, ROWS,
                                           AT_ONCE)
             if count <= FAN:
-                finish(out_ptrs, row_mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, DV, PARTV, BLOCK_PV, PARTSV,
-                       BLOCK_DV)
+                finish(out_ptrs, row_mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, tl.minimum(arrived, 0), DV, PARTV, BLOCK_PV, PARTSV,
+                       BLOCK_DV, HADAMARDV)
             else:
                 tl.debug_barrier()  # its own place may still be being read
                 store_partial(ptrs, row_mask, m, l, accs, PARTV, BLOCK_PV, PARTSV)
@@ -86,7 +87,7 @@ def _decode_kernel(
         BITS: tl.constexpr, BITSV: tl.constexpr, GAIN: tl.constexpr, GAINV: tl.constexpr, OFFSET: tl.constexpr,
         OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
-        WARPS: tl.constexpr, AT_ONCE: tl.constexpr, CAP: tl.constexpr):
+        HADAMARDV: tl.constexpr, WARPS: tl.constexpr, AT_ONCE: tl.constexpr, CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
 
     The share may begin and end inside sequences and pass through whole ones; each sequence it touches is a segment.
@@ -174,8 +175,8 @@ def _decode_kernel(
         pieces = first_program(begin + last - first - 1, total, programs) - first_pid + 1
         out_ptrs = out_ptr + token * stride_ot + head * stride_oh
         if pieces == 1:
-            finish(out_ptrs, row_mask, m, total_l, values, sinks_ptrs, v_matrix_ptr, out_scale, DV, PARTV, BLOCK_PV,
-                   PARTSV, BLOCK_DV)
+            finish(out_ptrs, row_mask, m, total_l, values, sinks_ptrs, v_matrix_ptr, out_scale, tl.minimum(kv_len, 0), DV, PARTV, BLOCK_PV,
+                   PARTSV, BLOCK_DV, HADAMARDV)
         else:
             slot = first_pid + seq
             partial_ptrs = partial_ptr + (slot.to(tl.int64) * kv_heads + kv_head) * (ROWS * PARTIAL) + row * PARTIAL
@@ -183,7 +184,7 @@ def _decode_kernel(
                           PARTV, BLOCK_PV, PARTSV)
             _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr + slot * tl.num_programs(0) + tl.program_id(0),
                          pid, first_pid, pieces, slot_step, tl.num_programs(0), level_step, sinks_ptrs, v_matrix_ptr,
-                         out_scale, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, BLOCK_M, AT_ONCE)
+                         out_scale, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV, BLOCK_M, AT_ONCE)
         remaining -= stop - tile
         seq += 1
         tile = first * 0
@@ -301,17 +302,17 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         query = workspace.rotated
     config, cap, rows = workspace.config, compute_capability(query.device), heads // kv_heads * query_len
     wait = WAIT_FIRST if not filled else WAIT_QUERIES if workspace.rotated is not None else WAIT_PAGES
-    v_transform = cache.v_transform
+    v_matrix, v_factor = operand(cache.v_transform, inverse=True)
     _decode_kernel[(kv_heads * triton.cdiv(rows, workspace.block_m), workspace.target)](
-        query, *cache.tensors(), v_transform and v_transform.inverse, out, workspace.partial, workspace.counters, sinks,
+        query, *cache.tensors(), v_matrix, out, workspace.partial, workspace.counters, sinks,
         alibi_slopes, kv_lens, block_table, batch, workspace.target, sm_scale, *query.stride()[:2], *out.stride()[:2],
-        block_table.stride(0), v_transform.stride_h if v_transform else 0, *cache.strides(), **cache.sizes(),
+        block_table.stride(0), 0 if v_matrix is None else cache.v_transform.stride_h, *cache.strides(), **cache.sizes(),
         GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
         BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap),
         FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
         ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16),
-        AT_ONCE=workspace.at_once(cache), CAP=cap, num_warps=config.num_warps,
+        HADAMARDV=v_factor, AT_ONCE=workspace.at_once(cache), CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **dependent_launch(cap),
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
     return out

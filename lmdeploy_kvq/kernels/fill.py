@@ -15,7 +15,7 @@ import triton.language as tl
 from ..reference import MAX_INPUT, MAX_UNBIASED, MIN_SCALE
 from .codecs import device_codec
 from .launch import check_device, compute_capability, dependent_launch, multiprocessors
-from .rotation import rotate_columns
+from .rotation import load_and_mix, operand, rotate_columns, split_parts
 from .tiles import key_offset, token_slots, value_offset
 
 if TYPE_CHECKING:
@@ -43,21 +43,23 @@ def _grid_step(parts, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, F
 
 @triton.jit
 def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matrix_ptr, live, place,  #
-                   ENCODE: tl.constexpr, OFFSET: tl.constexpr, RMS: tl.constexpr, FACTOR: tl.constexpr,
+                   HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr, RMS: tl.constexpr, FACTOR: tl.constexpr,
                    RULE: tl.constexpr, PER_TOKEN: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
                    PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                    MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr, CAP: tl.constexpr):
     """Quantize rows [D] at ``x_ptr + offset`` and write them; see ``reference.encode``.
 
     Args:
-        matrix_ptr: A^T of the rotation, or None.
+        matrix_ptr: A^T of the rotation, or None; HADAMARD: the factor of butterflies in its place, or 0.
         codes_ptr: [columns] pointers to page and head; place: [BLOCK_P, columns] offsets of the bytes there.
         scales_ptr: [columns] pointers to the scales, where they are per token; static_ptr: to the scale, elsewhere.
         valid: columns that there are to read; live: columns that have a place to go.
     """
     byte = tl.arange(0, BLOCK_P)
     parts = ()
-    if matrix_ptr is not None:
+    if HADAMARD != 0:
+        parts = split_parts(load_and_mix(x_ptr, offset, valid, D, HADAMARD, MAX_INPUT), PARTS)
+    elif matrix_ptr is not None:
         parts = rotate_columns(x_ptr, offset, valid, matrix_ptr, D, PART, BLOCK_P, PARTS, BLOCK_D, MAX_INPUT)
     else:
         for part in tl.static_range(PARTS):
@@ -94,15 +96,18 @@ def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matr
 
 @triton.jit
 def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_rows, stride_t, stride_h, num_heads,
-                    HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write fp32 queries [tokens, heads, D], times the inverse of K's matrix, transposed."""
+                    HADAMARD: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write fp32 queries [tokens, heads, D], times the inverse of K's matrix, transposed, or by butterflies."""
     head = kv_head * HEADS_PER_KV + column % HEADS_PER_KV
     token = (column // HEADS_PER_KV).to(tl.int64)
     valid = column < num_rows
     offset = token * stride_t + head * stride_h
-    parts = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))
+    if HADAMARD != 0:
+        rotated = load_and_mix(query_ptr, offset, valid, D, HADAMARD, float('inf'))
+    else:
+        rotated = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))[0]
     dim = tl.arange(0, BLOCK_D)
-    tl.store(rotated_ptr + ((token * num_heads + head) * D)[None, :] + dim[:, None], parts[0],
+    tl.store(rotated_ptr + ((token * num_heads + head) * D)[None, :] + dim[:, None], rotated,
              mask=valid[None, :] & (dim < D)[:, None])
 
 
@@ -115,6 +120,7 @@ def _fill_kernel(
         stride_k_matrix, stride_v_matrix, num_heads,  #
         stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
+        HADAMARD: tl.constexpr, HADAMARDV: tl.constexpr, HADAMARDQ: tl.constexpr,  # factors of butterflies, or 0
         ENCODE: tl.constexpr, ENCODEV: tl.constexpr, OFFSET: tl.constexpr, OFFSETV: tl.constexpr,  #
         RMS: tl.constexpr, RMSV: tl.constexpr, FACTOR: tl.constexpr, FACTORV: tl.constexpr, RULE: tl.constexpr,
         RULEV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr, BITS: tl.constexpr,
@@ -143,9 +149,11 @@ def _fill_kernel(
     if pid >= 2 * tiles:
         if query_ptr is not None:
             column = (pid - 2 * tiles) * TOKENS + tl.arange(0, TOKENS)
-            _rotate_queries(query_ptr, rotated_ptr, q_matrix_ptr + head * stride_k_matrix, head, column,
-                            num_tokens * HEADS_PER_KV, stride_query_t, stride_query_h, num_heads, HEADS_PER_KV, D,
-                            BLOCK_D)
+            q_rotation = None
+            if q_matrix_ptr is not None:
+                q_rotation = q_matrix_ptr + head * stride_k_matrix
+            _rotate_queries(query_ptr, rotated_ptr, q_rotation, head, column, num_tokens * HEADS_PER_KV,
+                            stride_query_t, stride_query_h, num_heads, HADAMARDQ, HEADS_PER_KV, D, BLOCK_D)
         return
     if FILLS:
         token = (pid % tiles) * TOKENS + tl.arange(0, TOKENS)
@@ -172,14 +180,14 @@ def _fill_kernel(
         if pid < tiles:
             _write_columns(key_ptr, row * stride_key_t + head * stride_key_h, token < num_tokens,
                            k_codes_ptr + block * stride_kb + head * stride_kh, k_scale_ptrs, k_scale_ptr, k_rotation,
-                           live, key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), ENCODE, OFFSET,
-                           RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT,
+                           live, key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), HADAMARD, ENCODE,
+                           OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT,
                            MAX_UNBIASED, CAP)
         else:
             _write_columns(value_ptr, row * stride_value_t + head * stride_value_h, token < num_tokens,
                            v_codes_ptr + block * stride_vb + head * stride_vh, v_scale_ptrs, v_scale_ptr, v_rotation,
-                           live, value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), ENCODEV,
-                           OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV,
+                           live, value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), HADAMARDV,
+                           ENCODEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV,
                            MIN_SCALE, MAX_INPUT, MAX_UNBIASED, CAP)
 
 
@@ -239,37 +247,40 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
     fmt, table, cap = cache.format, layout.block_table, compute_capability(cache.k_codes.device)
     batch = layout.kv_lens.size(0) if layout.slots is None and layout.kv_lens is not None else 1
     query = None if inputs is None else inputs.query
-    k_transform, v_transform = cache.k_transform, cache.v_transform
+    (k_matrix, k_factor), (v_matrix, v_factor) = operand(cache.k_transform), operand(cache.v_transform)
+    q_matrix, q_factor = operand(cache.k_transform, inverse=True)
     heads_per_kv = 1 if query is None else query.size(1) // cache.num_kv_heads
     tile, warps = _tile(cache, tokens, (0 if key is None else 2) + (0 if query is None else heads_per_kv),
-                        k_transform is not None or v_transform is not None)
+                        k_matrix is not None or v_matrix is not None, k_factor != 0 or v_factor != 0)
     programs = (0 if key is None else 2 * triton.cdiv(tokens, tile)) + (
         0 if query is None else triton.cdiv(tokens * heads_per_kv, tile))
     _fill_kernel[(cache.num_kv_heads, max(programs, 1))](
         key, value, query, None if inputs is None else inputs.rotated, None if inputs is None else inputs.counters,
-        *cache.tensors(), k_transform and k_transform.forward_t, v_transform and v_transform.forward_t,
-        k_transform and k_transform.inverse, layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
+        *cache.tensors(), k_matrix, v_matrix, q_matrix, layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
         0 if table is None else table.stride(0), batch, tokens, 0 if inputs is None else inputs.counters.numel(),
-        *_strides(key), *_strides(value), *_strides(query), k_transform.stride_h if k_transform else 0,
-        v_transform.stride_h if v_transform else 0, 0 if query is None else query.size(1), *cache.strides(),
-        **_encoding(fmt.key, ''), **_encoding(fmt.value, 'V'), MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT,
-        MAX_UNBIASED=MAX_UNBIASED,
+        *_strides(key), *_strides(value), *_strides(query), 0 if k_matrix is None else cache.k_transform.stride_h,
+        0 if v_matrix is None else cache.v_transform.stride_h, 0 if query is None else query.size(1), *cache.strides(),
+        **_encoding(fmt.key, ''), **_encoding(fmt.value, 'V'), HADAMARD=k_factor,
+        HADAMARDV=v_factor, HADAMARDQ=q_factor, MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT, MAX_UNBIASED=MAX_UNBIASED,
         **cache.sizes(), HEADS_PER_KV=heads_per_kv,
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=warps,
         **dependent_launch(cap))
 
 
-def _tile(cache: PagedCache, tokens: int, rows_per_token: int, rotates: bool) -> tuple[int, int]:
+def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, butterflies: bool) -> tuple[int, int]:
     """Rows per program, and its warps.
 
-    Every program that rotates reads a matrix, so that there should not be many more than multiprocessors.
+    Butterflies want eight rows per warp. Every program that multiplies by a matrix reads it, so that there should not
+    be many more than multiprocessors.
     """
-    if not rotates:
-        return (1, 1) if tokens <= 64 else (4, 2) if tokens <= 512 else (16, 4)
-    each = tokens * rows_per_token * cache.num_kv_heads // (2 * multiprocessors(cache.k_codes.device))
-    tile = min(max(8, triton.next_power_of_2(each)), 64)
-    return tile, 4 if tile <= 16 else 8
+    if matrices:
+        each = tokens * rows_per_token * cache.num_kv_heads // (2 * multiprocessors(cache.k_codes.device))
+        tile = min(max(8, triton.next_power_of_2(each)), 64)
+        return tile, 4 if tile <= 16 else 8
+    if butterflies:
+        return (8, 1) if tokens <= 64 else (16, 2) if tokens <= 512 else (32, 4)
+    return (1, 1) if tokens <= 64 else (4, 2) if tokens <= 512 else (16, 4)
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:

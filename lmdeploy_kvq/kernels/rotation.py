@@ -1,11 +1,113 @@
-"""Linear maps of rows in kernels: a square fp16 matrix times a few columns [dim, columns], on tensor cores.
+"""Linear maps of rows in kernels, of a few columns [dim, columns]: by butterflies, or a matrix on tensor cores.
 
-The columns become fp16 as multiples of a power of two near their largest element, so that any bf16 row fits.
+The Hadamard matrix of a power of two is a product of small ones: 16 elements meet in one tensor-core product with signs
+that are made in registers, and sums and differences within a lane do the rest. Any other matrix is read, [dim, dim] in
+fp16; columns then become fp16 as multiples of a power of two near their largest element, so that any bf16 row fits.
 """
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..transforms import Transform
+
+
+def operand(transform: Transform | None, inverse: bool = False) -> tuple[torch.Tensor | None, float]:
+    """A kernel's matrix, transposed unless ``inverse``, and the factor of butterflies: one of them, or None and 0."""
+    if transform is None:
+        return None, 0.0
+    factor = transform.factors[inverse]
+    return (None if factor else transform.inverse if inverse else transform.forward_t), factor
+
+
+@triton.jit
+def _butterflies(y, STEP: tl.constexpr):
+    """y [16, n]: sums and differences of columns STEP apart, in place."""
+    ROWS: tl.constexpr = y.shape[0]
+    COLUMNS: tl.constexpr = y.shape[1]
+    pairs = tl.reshape(y, (ROWS, COLUMNS // (2 * STEP), 2, STEP))
+    first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    return tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero):
+    """Columns x [D, columns], D a power of two, times the Hadamard matrix of entries +-FACTOR, a power of two.
+
+    Products are exact (of fp32 operands those that tf32 holds, as it holds all of bf16 and fp16, or any if PRECISION
+    is 'ieee'), and sums fp32. With eight columns per warp nothing but the operand changes lanes.
+
+    Args:
+        zero: 0. In a loop, a scalar of which the compiler does not know it: else it makes the signs before the loop,
+            and keeps them in registers that the loop has no use for.
+    """
+    HIGH: tl.constexpr = x.shape[0] // 16
+    COLUMNS: tl.constexpr = x.shape[1]
+    row = tl.arange(0, 16) + zero
+    both = row[:, None] & row[None, :]
+    both = both ^ (both >> 2)
+    sign = 1 - 2 * ((both ^ (both >> 1)) & 1)  # by the parity of the bits that row and column share
+    low = tl.reshape(tl.permute(tl.reshape(x, (HIGH, 16, COLUMNS)), (1, 0, 2)), (16, HIGH * COLUMNS))
+    y = tl.dot((sign.to(tl.float32) * FACTOR).to(x.dtype), low, input_precision=PRECISION)
+    if HIGH >= 2:
+        y = _butterflies(y, COLUMNS)
+    if HIGH >= 4:
+        y = _butterflies(y, 2 * COLUMNS)
+    if HIGH >= 8:
+        y = _butterflies(y, 4 * COLUMNS)
+    if HIGH >= 16:
+        y = _butterflies(y, 8 * COLUMNS)
+    if HIGH >= 32:
+        y = _butterflies(y, 16 * COLUMNS)
+    return tl.reshape(tl.permute(tl.reshape(y, (16, HIGH, COLUMNS)), (1, 0, 2)), (HIGH * 16, COLUMNS))
+
+
+@triton.jit
+def load_and_mix(x_ptr, offset, valid, D: tl.constexpr, FACTOR: tl.constexpr, LIMIT: tl.constexpr):
+    """Rows [D] at ``x_ptr + offset`` [columns], clamped to LIMIT, through :func:`hadamard_columns`: fp32 [D, columns]."""
+    PRECISION: tl.constexpr = 'ieee' if x_ptr.dtype.element_ty == tl.float32 else 'tf32'
+    dim = tl.arange(0, D)
+    x = tl.load(x_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim < D)[:, None], other=0.0)
+    return hadamard_columns(tl.minimum(tl.maximum(x.to(tl.float32), -LIMIT), LIMIT), FACTOR, PRECISION, 0)
+
+
+@triton.jit
+def split_parts(x, PARTS: tl.constexpr):
+    """Parts of columns x [D, columns], D / PARTS elements each, as a tuple."""
+    PART: tl.constexpr = x.shape[0] // PARTS
+    COLUMNS: tl.constexpr = x.shape[1]
+    if PARTS == 1:
+        parts = (x, )
+    elif PARTS == 2:
+        parts = tl.split(tl.permute(tl.reshape(x, (2, PART, COLUMNS)), (1, 2, 0)))
+    else:
+        tl.static_assert(PARTS == 4)
+        even, odd = tl.split(tl.permute(tl.reshape(x, (2, 2, PART, COLUMNS)), (2, 3, 0, 1)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        parts = (first, second, third, fourth)
+    return parts
+
+
+@triton.jit
+def join_parts(parts, PARTS: tl.constexpr):
+    """The inverse of :func:`split_parts`."""
+    PART: tl.constexpr = parts[0].shape[0]
+    COLUMNS: tl.constexpr = parts[0].shape[1]
+    if PARTS == 1:
+        x = parts[0]
+    elif PARTS == 2:
+        x = tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (2, 0, 1)), (2 * PART, COLUMNS))
+    else:
+        tl.static_assert(PARTS == 4)
+        even, odd = tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])
+        x = tl.reshape(tl.permute(tl.join(even, odd), (2, 3, 0, 1)), (4 * PART, COLUMNS))
+    return x
 
 
 @triton.jit
