@@ -70,7 +70,8 @@ def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_
 
 @triton.jit
 def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, zero, DV: tl.constexpr,
-           PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr, HADAMARDV: tl.constexpr):
+           PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr,
+           HADAMARDV: tl.constexpr):
     """Write final rows: a sink joins the denominator, the rotation of V is undone; rows that saw nothing are zeros.
 
     Args:

@@ -32,17 +32,20 @@ WAIT_FIRST, WAIT_QUERIES, WAIT_PAGES = tl.constexpr(0), tl.constexpr(1), tl.cons
 
 
 @triton.jit
-def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid, pieces, slot_step, counter_step,
-                 level_step, sinks_ptrs, matrix_ptr, out_scale, DV: tl.constexpr, PARTV: tl.constexpr,
-                 BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr,
-                 HADAMARDV: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """This program's result is left; combine it with the others' where it was the last to come.
+def _reduce_tree(partial_ptrs, row_mask, m, l, accs, counters_ptr, pid, first_pid, pieces, slot_step, counter_step,
+                 level_step, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, ROWS: tl.constexpr,
+                 AT_ONCE: tl.constexpr):
+    """Combine this program's result, which it has left, with the others' where it was the last to come.
 
     Args:
         partial_ptrs: [rows] of the sequence's first result; slot_step: elements from one result to the next.
+        m, l, accs: this program's.
         counters_ptr: the counter of the sequence's first result; counter_step, level_step: from one result's to the
             next one's, and from one level of the tree to the next.
         first_pid, pieces: the programs that share the sequence are ``first_pid .. first_pid + pieces``.
+
+    Returns:
+        (count, m, l, accs): count is 1 in the last program of all, and the rest is the whole sequence's then.
     """
     index = pid - first_pid
     count = pieces
@@ -58,10 +61,7 @@ def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid,
             ptrs = partial_ptrs + start.to(tl.int64) * slot_step
             m, l, accs = combine_partials(ptrs, row_mask, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, ROWS,
                                           AT_ONCE)
-            if count <= FAN:
-                finish(out_ptrs, row_mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, tl.minimum(arrived, 0), DV, PARTV, BLOCK_PV, PARTSV,
-                       BLOCK_DV, HADAMARDV)
-            else:
+            if count > FAN:
                 tl.debug_barrier()  # its own place may still be being read
                 store_partial(ptrs, row_mask, m, l, accs, PARTV, BLOCK_PV, PARTSV)
             index = node
@@ -70,6 +70,7 @@ def _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr, pid, first_pid,
             counters_ptr += level_step
         else:
             count = 0
+    return count, m, l, accs
 
 
 # Sizes of a batch differ from step to step; specializing on them would only compile the same code again.
@@ -174,17 +175,18 @@ def _decode_kernel(
         first_pid = first_program(begin, total, programs)
         pieces = first_program(begin + last - first - 1, total, programs) - first_pid + 1
         out_ptrs = out_ptr + token * stride_ot + head * stride_oh
-        if pieces == 1:
-            finish(out_ptrs, row_mask, m, total_l, values, sinks_ptrs, v_matrix_ptr, out_scale, tl.minimum(kv_len, 0), DV, PARTV, BLOCK_PV,
-                   PARTSV, BLOCK_DV, HADAMARDV)
-        else:
+        if pieces > 1:
             slot = first_pid + seq
             partial_ptrs = partial_ptr + (slot.to(tl.int64) * kv_heads + kv_head) * (ROWS * PARTIAL) + row * PARTIAL
             store_partial(partial_ptrs + (pid - first_pid).to(tl.int64) * slot_step, row_mask, m, total_l, values,
                           PARTV, BLOCK_PV, PARTSV)
-            _reduce_tree(out_ptrs, partial_ptrs, row_mask, counters_ptr + slot * tl.num_programs(0) + tl.program_id(0),
-                         pid, first_pid, pieces, slot_step, tl.num_programs(0), level_step, sinks_ptrs, v_matrix_ptr,
-                         out_scale, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV, BLOCK_M, AT_ONCE)
+            pieces, m, total_l, values = _reduce_tree(
+                partial_ptrs, row_mask, m, total_l, values, counters_ptr + slot * tl.num_programs(0) + tl.program_id(0),
+                pid, first_pid, pieces, slot_step, tl.num_programs(0), level_step, PARTV, BLOCK_PV, PARTSV, BLOCK_M,
+                AT_ONCE)
+        if pieces == 1:  # nobody else has any of it, or nobody has any more
+            finish(out_ptrs, row_mask, m, total_l, values, sinks_ptrs, v_matrix_ptr, out_scale, tl.minimum(kv_len, 0),
+                   DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV)
         remaining -= stop - tile
         seq += 1
         tile = first * 0
@@ -302,11 +304,11 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         query = workspace.rotated
     config, cap, rows = workspace.config, compute_capability(query.device), heads // kv_heads * query_len
     wait = WAIT_FIRST if not filled else WAIT_QUERIES if workspace.rotated is not None else WAIT_PAGES
-    v_matrix, v_factor = operand(cache.v_transform, inverse=True)
+    v_matrix, v_stride, v_factor = operand(cache.v_transform, inverse=True)
     _decode_kernel[(kv_heads * triton.cdiv(rows, workspace.block_m), workspace.target)](
         query, *cache.tensors(), v_matrix, out, workspace.partial, workspace.counters, sinks,
         alibi_slopes, kv_lens, block_table, batch, workspace.target, sm_scale, *query.stride()[:2], *out.stride()[:2],
-        block_table.stride(0), 0 if v_matrix is None else cache.v_transform.stride_h, *cache.strides(), **cache.sizes(),
+        block_table.stride(0), v_stride, *cache.strides(), **cache.sizes(),
         GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
         BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap),
         FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,

@@ -43,8 +43,8 @@ def _grid_step(parts, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, F
 
 @triton.jit
 def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matrix_ptr, live, place,  #
-                   HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr, RMS: tl.constexpr, FACTOR: tl.constexpr,
-                   RULE: tl.constexpr, PER_TOKEN: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
+                   HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr, RMS: tl.constexpr,
+                   FACTOR: tl.constexpr, RULE: tl.constexpr, PER_TOKEN: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
                    PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                    MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr, CAP: tl.constexpr):
     """Quantize rows [D] at ``x_ptr + offset`` and write them; see ``reference.encode``.
@@ -181,14 +181,14 @@ def _fill_kernel(
             _write_columns(key_ptr, row * stride_key_t + head * stride_key_h, token < num_tokens,
                            k_codes_ptr + block * stride_kb + head * stride_kh, k_scale_ptrs, k_scale_ptr, k_rotation,
                            live, key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), HADAMARD, ENCODE,
-                           OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE, MAX_INPUT,
-                           MAX_UNBIASED, CAP)
+                           OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE,
+                           MAX_INPUT, MAX_UNBIASED, CAP)
         else:
             _write_columns(value_ptr, row * stride_value_t + head * stride_value_h, token < num_tokens,
                            v_codes_ptr + block * stride_vb + head * stride_vh, v_scale_ptrs, v_scale_ptr, v_rotation,
                            live, value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), HADAMARDV,
-                           ENCODEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV,
-                           MIN_SCALE, MAX_INPUT, MAX_UNBIASED, CAP)
+                           ENCODEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV,
+                           BLOCK_DV, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, CAP)
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,9 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
     fmt, table, cap = cache.format, layout.block_table, compute_capability(cache.k_codes.device)
     batch = layout.kv_lens.size(0) if layout.slots is None and layout.kv_lens is not None else 1
     query = None if inputs is None else inputs.query
-    (k_matrix, k_factor), (v_matrix, v_factor) = operand(cache.k_transform), operand(cache.v_transform)
-    q_matrix, q_factor = operand(cache.k_transform, inverse=True)
+    k_matrix, k_stride, k_factor = operand(cache.k_transform)
+    v_matrix, v_stride, v_factor = operand(cache.v_transform)
+    q_matrix, _, q_factor = operand(cache.k_transform, inverse=True)
     heads_per_kv = 1 if query is None else query.size(1) // cache.num_kv_heads
     tile, warps = _tile(cache, tokens, (0 if key is None else 2) + (0 if query is None else heads_per_kv),
                         k_matrix is not None or v_matrix is not None, k_factor != 0 or v_factor != 0)
@@ -256,12 +257,11 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         0 if query is None else triton.cdiv(tokens * heads_per_kv, tile))
     _fill_kernel[(cache.num_kv_heads, max(programs, 1))](
         key, value, query, None if inputs is None else inputs.rotated, None if inputs is None else inputs.counters,
-        *cache.tensors(), k_matrix, v_matrix, q_matrix, layout.slots, layout.q_start, layout.q_lens, layout.kv_lens, table,
-        0 if table is None else table.stride(0), batch, tokens, 0 if inputs is None else inputs.counters.numel(),
-        *_strides(key), *_strides(value), *_strides(query), 0 if k_matrix is None else cache.k_transform.stride_h,
-        0 if v_matrix is None else cache.v_transform.stride_h, 0 if query is None else query.size(1), *cache.strides(),
-        **_encoding(fmt.key, ''), **_encoding(fmt.value, 'V'), HADAMARD=k_factor,
-        HADAMARDV=v_factor, HADAMARDQ=q_factor, MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT, MAX_UNBIASED=MAX_UNBIASED,
+        *cache.tensors(), k_matrix, v_matrix, q_matrix, layout.slots, layout.q_start, layout.q_lens, layout.kv_lens,
+        table, 0 if table is None else table.stride(0), batch, tokens, 0 if inputs is None else inputs.counters.numel(),
+        *_strides(key), *_strides(value), *_strides(query), k_stride, v_stride, 0 if query is None else query.size(1),
+        *cache.strides(), HADAMARD=k_factor, HADAMARDV=v_factor, HADAMARDQ=q_factor, **_encoding(fmt.key, ''),
+        **_encoding(fmt.value, 'V'), MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT, MAX_UNBIASED=MAX_UNBIASED,
         **cache.sizes(), HEADS_PER_KV=heads_per_kv,
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=warps,

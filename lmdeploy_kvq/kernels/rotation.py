@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from ..transforms import Transform
 
 
-def operand(transform: Transform | None, inverse: bool = False) -> tuple[torch.Tensor | None, float]:
-    """A kernel's matrix, transposed unless ``inverse``, and the factor of butterflies: one of them, or None and 0."""
-    if transform is None:
-        return None, 0.0
-    factor = transform.factors[inverse]
-    return (None if factor else transform.inverse if inverse else transform.forward_t), factor
+def operand(transform: Transform | None, inverse: bool = False) -> tuple[torch.Tensor | None, int, float]:
+    """What kernels multiply with: a matrix (transposed unless ``inverse``) and its stride, or a factor of butterflies.
+
+    Returns:
+        (matrix, elements from head to head, factor): None and 0 where there is no matrix, 0.0 no butterflies.
+    """
+    if transform is None or transform.factors[inverse]:
+        return None, 0, transform.factors[inverse] if transform else 0.0
+    return transform.inverse if inverse else transform.forward_t, transform.stride_h, 0.0
 
 
 @triton.jit
 def _butterflies(y, STEP: tl.constexpr):
-    """y [16, n]: sums and differences of columns STEP apart, in place."""
+    """Sums and differences of columns of y [16, n] that are STEP apart, where they were."""
     ROWS: tl.constexpr = y.shape[0]
     COLUMNS: tl.constexpr = y.shape[1]
     pairs = tl.reshape(y, (ROWS, COLUMNS // (2 * STEP), 2, STEP))
@@ -69,7 +72,7 @@ def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero):
 
 @triton.jit
 def load_and_mix(x_ptr, offset, valid, D: tl.constexpr, FACTOR: tl.constexpr, LIMIT: tl.constexpr):
-    """Rows [D] at ``x_ptr + offset`` [columns], clamped to LIMIT, through :func:`hadamard_columns`: fp32 [D, columns]."""
+    """Rows at ``x_ptr + offset`` [columns], clamped to LIMIT, through :func:`hadamard_columns`: fp32 [D, columns]."""
     PRECISION: tl.constexpr = 'ieee' if x_ptr.dtype.element_ty == tl.float32 else 'tf32'
     dim = tl.arange(0, D)
     x = tl.load(x_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim < D)[:, None], other=0.0)
