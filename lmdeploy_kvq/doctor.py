@@ -137,6 +137,8 @@ def patch_rows() -> list[dict[str, str]]:
     ``reason``: why a row is still waiting, i.e. why its module cannot be imported here; empty otherwise.
     """
     from .hook import HOOK
+    if not HOOK.decided:
+        HOOK.check()  # which rows are the installed version's
     reasons = {}
     for module in dict.fromkeys(patch.module for patch in HOOK.rows) if HOOK.installed else ():
         try:

@@ -1,5 +1,7 @@
 """THE patch table: every place where this package attaches to LMDeploy, checked before use and reversible.
 
+The table is LMDeploy 0.18's; ``versions`` has what is otherwise in older ones.
+
 All rows are compared with the installed LMDeploy's source (version range, existence, parameter names) before any is
 applied; a mismatch leaves LMDeploy untouched, and only this package's policies are refused. Rows take effect as
 LMDeploy's modules are imported.

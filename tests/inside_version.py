@@ -23,12 +23,12 @@ from triton.backends.compiler import GPUTarget
 # LMDeploy 0.16 asks for Triton's device when its kernels are imported, which without a GPU is an error
 triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget('cpu', 0, 1)))
 
-import lmdeploy
-import torch
-from lmdeploy.messages import PytorchEngineConfig, QuantPolicy, TurbomindEngineConfig
+import lmdeploy  # noqa: E402
+import torch  # noqa: E402
+from lmdeploy.messages import PytorchEngineConfig, QuantPolicy, TurbomindEngineConfig  # noqa: E402
 
-import lmdeploy_kvq as kvq
-from lmdeploy_kvq import hook
+import lmdeploy_kvq as kvq  # noqa: E402
+from lmdeploy_kvq import hook  # noqa: E402
 
 VERSION, FOLDER = sys.argv[1], Path(sys.argv[2])
 ADDED = [fmt for fmt in kvq.FORMATS if not fmt.upstream]
@@ -116,6 +116,7 @@ def policies():
 def command_line():
     from lmdeploy.cli.cli import CLI
     from lmdeploy.cli.serve import SubCliServe
+
     from lmdeploy_kvq.backends.config import run_with_backend
     CLI.add_parsers()
     SubCliServe.add_parsers()
@@ -181,6 +182,7 @@ def their_pages_are_theirs():
 def executors_check_before_loading():
     """The first step of every executor: models that cannot be stored, the draft model, prefill and decode apart."""
     from lmdeploy.pytorch.disagg.config import EngineRole
+    from lmdeploy.pytorch.engine.cache_engine import CacheEngine
     from lmdeploy.pytorch.engine.executor.base import ExecutorBase
 
     def build(policy, model=None, draft=None, memory=None, **changes):
@@ -205,9 +207,14 @@ def executors_check_before_loading():
             refused(lambda fmt=fmt, given=arguments: build(fmt.policy, **given), fmt.name, 'MLA')
         for role in (EngineRole.Prefill, EngineRole.Decode):
             refused(lambda fmt=fmt, role=role: build(fmt.policy, role=role), fmt.name, '0.18')
+        for method, arguments in (('p2p_initialize', (None, )), ('p2p_connect', ('other', [None]))):
+            engine = object.__new__(CacheEngine)
+            engine.cache_config = cache_config(fmt.policy)
+            refused(functools.partial(getattr(engine, method), *arguments), fmt.name, '0.18')
     for fmt in ADDED:
         refused(lambda fmt=fmt: build(fmt.policy, model=sparse), fmt.name, 'MLA')
-    build(STATIC.policy, model=sparse)  # LMDeploy's own fp8 there
+    for role in EngineRole:
+        build(STATIC.policy, model=sparse, role=role)  # LMDeploy's own fp8 there
     for policy in (0, 4, 8, 42):
         for model in (model_config(), latent, sparse):
             build(policy, model=model)
@@ -216,6 +223,7 @@ def executors_check_before_loading():
 
 def graphs_wait_for_scales():
     from lmdeploy.pytorch.backends.cuda.graph_runner import CUDAGraphRunner
+
     from lmdeploy_kvq.backends.loading import model_scales
     runner = object.__new__(CUDAGraphRunner)
     runner.model, runner.backend_config = torch.nn.Identity(), SimpleNamespace(eager_mode=False)
@@ -234,6 +242,7 @@ def graphs_wait_for_scales():
 def shared_heads_are_counted():
     """KV heads that tensor parallelism replicates, by LMDeploy's own configuration of a model."""
     from lmdeploy.pytorch.config import DistConfig, ModelConfig
+
     from lmdeploy_kvq.backends.loading import kv_heads
     for tp, heads in ((1, 2), (2, 2), (4, 4)):
         config = ModelConfig.from_pretrained(str(FOLDER), dtype='float16', device_type='cuda',
@@ -269,9 +278,10 @@ class Served:
     def __init__(self, policy: int):
         from lmdeploy.pytorch.backends.graph_runner import GraphRunner
         from lmdeploy.pytorch.engine.cache_engine import CacheEngine
-        from lmdeploy_kvq.backends.loading import attention_layers
         from test_loading import build
         from test_prefill import dense_attention
+
+        from lmdeploy_kvq.backends.loading import attention_layers
         self.agent = build(FOLDER, policy)
         self.config = cache_config(policy, block_size=16)
         model = self.agent.patched_model
@@ -305,6 +315,7 @@ def steps_read_and_write_our_pages():
     """Prompt, chunk and decoding against transformers with a cache of the same codes, and scales from a checkpoint."""
     import transformers
     from helpers import frobenius
+
     from lmdeploy_kvq.backends import saturation
     from lmdeploy_kvq.hf_cache import QuantizedCache
     oracle = transformers.LlamaForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
@@ -312,12 +323,11 @@ def steps_read_and_write_our_pages():
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(major=8, minor=0, multi_processor_count=4)
     ids = [3, 9, 4, 5, 60, 7, 11, 13, 2, 8, 21, 34, 55, 1, 6, 9, 12]  # the last one is the first of the second page
-    parts = [ids[:13], ids[13:16], ids[16:]]
     with torch.inference_mode():
         exact = oracle(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
     for fmt in (next(fmt for fmt in kvq.FORMATS if fmt.per_token_head and fmt.key.rotation), STATIC):
         served, cache, seen = Served(fmt.policy), QuantizedCache(fmt, K_SCALE, V_SCALE), 0
-        for part in parts:
+        for part in (ids[:13], ids[13:16], ids[16:]) if fmt.per_token_head else (ids[:16], ids[16:]):
             if len(part) == 1:
                 setattr(served.config, saturation.ATTRIBUTE, saturation.Sampler(STATIC))
             with torch.inference_mode():
