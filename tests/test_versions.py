@@ -30,7 +30,8 @@ EACH = pytest.mark.parametrize('version', [
 
 def path_with(wheel: Path) -> dict[str, str]:
     """Environment of a process that finds a wheel's LMDeploy first, and this package."""
-    return {'PYTHONPATH': os.pathsep.join(map(str, (wheel, ROOT, Path(__file__).parent)))}
+    before = os.environ.get('PYTHONPATH', '')  # it may be what has this package's entry point
+    return {'PYTHONPATH': os.pathsep.join(filter(None, map(str, (wheel, ROOT, Path(__file__).parent, before))))}
 
 
 def or_skip(version: str) -> Path:
