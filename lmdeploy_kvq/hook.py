@@ -1,5 +1,7 @@
 """THE patch table: every place where this package attaches to LMDeploy, checked before use and reversible.
 
+The table is LMDeploy 0.18's; ``versions`` has what is otherwise in older ones.
+
 All rows are compared with the installed LMDeploy's source (version range, existence, parameter names) before any is
 applied; a mismatch leaves LMDeploy untouched, and only this package's policies are refused. Rows take effect as
 LMDeploy's modules are imported.
@@ -19,8 +21,9 @@ from typing import Any
 
 from .formats import FORMATS, format_names
 from .patching import Finder, Patch, Undo, data, initialized, mismatch, wrap
+from .versions import adapted
 
-SUPPORTED = ((0, 18), (0, 19))
+SUPPORTED = ((0, 16), (0, 19))
 """LMDeploy versions: from the first, up to but not including the second."""
 
 logger = logging.getLogger('lmdeploy')
@@ -117,6 +120,7 @@ class Hook:
 
     def __init__(self, patches: tuple[Patch, ...] = PATCHES):
         self.patches = patches
+        self.rows = patches  # for the installed LMDeploy, known once checked
         self.problems: list[str] = []
         self.decided = False  # install() or uninstall() has been called
         self._undo: dict[str, Undo] = {}
@@ -137,8 +141,9 @@ class Hook:
         if not SUPPORTED[0] <= number < SUPPORTED[1]:
             return [f'lmdeploy_kvq supports LMDeploy >= {_dotted(SUPPORTED[0])}, < {_dotted(SUPPORTED[1])}; '
                     f'found {version}']
+        self.rows = adapted(self.patches, number)
         root = _package_folder()
-        found = (mismatch(patch, _source(root, patch.module)) for patch in self.patches)
+        found = (mismatch(patch, _source(root, patch.module)) for patch in self.rows)
         return [f'LMDeploy {version}: {problem}' for problem in found if problem]
 
     def install(self, strict: bool = True) -> None:
@@ -156,7 +161,7 @@ class Hook:
         self.problems = self.check()
         if self.problems and strict:
             raise RuntimeError('; '.join(self.problems))
-        names = {'lmdeploy.messages'} if self.problems else {patch.module for patch in self.patches}
+        names = {'lmdeploy.messages'} if self.problems else {patch.module for patch in self.rows}
         self._finder = Finder('lmdeploy', names, self._apply, self._apply_initialized)
         sys.meta_path.insert(0, self._finder)
         self._apply_initialized()
@@ -186,7 +191,7 @@ class Hook:
         if self.problems:
             self._refuse(module)
             return
-        for patch in self.patches:
+        for patch in self.rows:
             if patch.module == module.__name__ and patch.name not in self._undo:
                 self._undo[patch.name] = patch.apply(module)
 

@@ -65,7 +65,7 @@ def build_k_cache_desc(original: Callable[..., Any], model_config: Any, cache_co
     fmt = find_format(cache_config.quant_policy)
     if fmt is None:
         return original(model_config, cache_config, world_size)
-    from lmdeploy.pytorch.engine.cache_engine.schema import CacheDesc
+    from lmdeploy.pytorch.engine.cache_engine import CacheDesc
     head_dim = model_config.k_head_dim or model_config.head_dim
     return CacheDesc(shape=[_kv_heads(model_config, world_size), *page_shape(cache_config.kernel_block_size, head_dim,
                                                                                 fmt.key)], dtype=torch.uint8)
@@ -76,7 +76,7 @@ def build_v_cache_desc(original: Callable[..., Any], model_config: Any, cache_co
     fmt = find_format(cache_config.quant_policy)
     if fmt is None:
         return original(model_config, cache_config, world_size)
-    from lmdeploy.pytorch.engine.cache_engine.schema import CacheDesc
+    from lmdeploy.pytorch.engine.cache_engine import CacheDesc
     head_dim = model_config.v_head_dim or model_config.head_dim
     return CacheDesc(shape=[_kv_heads(model_config, world_size), *page_shape(cache_config.kernel_block_size, head_dim,
                                                                                 fmt.value)], dtype=torch.uint8)
@@ -90,7 +90,7 @@ def build_quant_cache_descs(original: Callable[..., Any], k_cache_desc: Any, v_c
         return original(k_cache_desc, v_cache_desc, model_config, cache_config)
     if not fmt.per_token_head:
         return []
-    from lmdeploy.pytorch.engine.cache_engine.schema import CacheDesc
+    from lmdeploy.pytorch.engine.cache_engine import CacheDesc
 
     def scales(encoding: Encoding) -> Any:
         tokens = cache_config.kernel_block_size if encoding.per_token_head else 0
