@@ -195,7 +195,12 @@ def _read_safetensors(path: Path) -> ScaleFile:
             else:
                 found: dict[str, Any] = {match[2][0]: tensor}
                 layers[layer] = replace(layers.get(layer, empty), **found)
-        return ScaleFile(layers, metadata, str(path), transforms)
+    found = ScaleFile(layers, metadata, str(path), transforms)
+    written, here = metadata.get('scale_digest'), digest_of_scales({n: (x.k, x.v) for n, x in layers.items()})
+    if written and written != here:
+        raise ScaleError(f'scale file {path}: the scales are not those that calibration wrote (digest {here}, written '
+                         f'{written}); the file is damaged, or was changed')
+    return found
 
 
 def _read_json(path: Path) -> ScaleFile:
@@ -254,8 +259,20 @@ def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.
             check_value(f'layer {layer}', what, scale)
         for what, tensor in {**statistics.get(layer, {}), **named}.items():
             tensors[f'model.layers.{layer}.self_attn.{what}'] = tensor.detach().float().cpu().contiguous().clone()
+    about = {**metadata, 'scale_digest': digest_of_scales(layers)} if layers else dict(metadata)
     with replacing(Path(path)) as unfinished:
-        save_file(tensors, str(unfinished), metadata=dict(metadata))
+        save_file(tensors, str(unfinished), metadata=about)
+
+
+def digest_of_scales(layers: Mapping[int, tuple[torch.Tensor | None, torch.Tensor | None]]) -> str:
+    """Short hash of layer indices, and of K and V scales with their shapes: a damaged file looks like any other."""
+    digest = hashlib.sha256()
+    for layer, pair in sorted(layers.items()):
+        for scale in pair:
+            digest.update(f'{layer} {None if scale is None else tuple(scale.shape)} '.encode())
+            if scale is not None:
+                digest.update(scale.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def provenance(folder: str | Path, fmt: KVFormat, tokens: int, **about: str) -> dict[str, str]:
