@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lmdeploy_kvq import KVFormat, flatten, reference
+from lmdeploy_kvq.kernels.combine import FAN
 from lmdeploy_kvq.kernels.decode import DecodeConfig, Workspace, decode
 from lmdeploy_kvq.kernels.fill import DecodeInputs, TokenLayout, fill
 from lmdeploy_kvq.kernels.flatten import NewTokens
@@ -26,8 +27,9 @@ LENS = [37, 0, 130, 1, 64]
 SHAPES = {'64': (64, None, 64), '128/64 pages of 16': (128, 64, 16), '80': (80, None, 32), '256': (256, None, 64)}
 """Name: head size of K, of V (None: the same), tokens of a page."""
 
-TREES = {'one program': (1, 700), 'one level': (8, 700), 'two levels': (24, 700), 'three levels': (300, 9000)}
-"""Name: programs per KV head, tokens of the longest sequence; 16 results are combined at a time."""
+TREES = {'one program': (1, 700), 'one level': (FAN.value // 2, 700), 'two levels': (FAN.value * 3 // 2, 700),
+         'three levels': (FAN.value**2 + 44, 9000)}
+"""Name: programs per KV head, tokens of the longest sequence; FAN results are combined at a time."""
 
 
 def launches(fmt: KVFormat) -> Iterator[tuple[str, Callable[[int], None]]]:

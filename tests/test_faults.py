@@ -92,7 +92,7 @@ def test_a_file_cut_short_anywhere_is_refused(scale_file, tmp_path):
 
 
 @pytest.mark.covers('fault.scale_file')
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_a_changed_byte_is_refused_or_changes_no_scale(scale_file, data):
     """The digests see what safetensors does not."""

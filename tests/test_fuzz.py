@@ -96,7 +96,8 @@ def configure(case: dict):
     try:
         engine = engine_config(case)
     except AssertionError as error:
-        assert case['policy'] in (4, 8, 42, 'int8', ' TURBO_QUANT ') or lmdeploys_own(case), f'an assertion about {case["policy"]!r} instead of a sentence: {error}'
+        theirs = case['policy'] in (4, 8, 42, 'int8', ' TURBO_QUANT ')
+        assert theirs or lmdeploys_own(case), f'an assertion about {case["policy"]!r}, no sentence: {error}'
         raise Refused(f'LMDeploy: {error}') from error
     except ValueError as error:
         raise Refused(str(error)) from error
@@ -160,12 +161,12 @@ def round_trip(fmt, pages: kvq.PagedCache, heads: int, dtype: torch.dtype) -> No
     assert finite(out) and frobenius(out, expected) <= (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
-TRIPS = 4
+TRIPS = 3
 """How many configurations go through the kernels, each of another format: seconds each in Triton's interpreter."""
 
 
 @pytest.mark.covers('fault.fuzz')
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True,
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True,
           phases=(Phase.explicit, Phase.generate, Phase.shrink))
 @given(CONFIGURATIONS)
 def test_any_configuration_works_or_is_refused_before_loading(trips, case):
@@ -188,7 +189,8 @@ def test_any_configuration_works_or_is_refused_before_loading(trips, case):
         event('works')
         pages = layer_pages(fmt, build_block_cache_plan(model, cache, case['tp']), cache, model, case['tp'])
         heads = model.num_attention_heads // case['tp']
-        if pages.k_codes.device.type == 'cpu' and heads * pages.head_dim <= 1024 and len(trips) < TRIPS and fmt not in trips:
+        small = pages.k_codes.device.type == 'cpu' and heads * pages.head_dim <= 1024
+        if small and len(trips) < TRIPS and fmt not in trips:
             event('goes through the kernels')
             trips.append(fmt)
             round_trip(fmt, pages, heads, model.dtype)
