@@ -195,12 +195,12 @@ def _read_safetensors(path: Path) -> ScaleFile:
             else:
                 found: dict[str, Any] = {match[2][0]: tensor}
                 layers[layer] = replace(layers.get(layer, empty), **found)
-    found = ScaleFile(layers, metadata, str(path), transforms)
+    whole = ScaleFile(layers, metadata, str(path), transforms)
     written, here = metadata.get('scale_digest'), digest_of_scales({n: (x.k, x.v) for n, x in layers.items()})
     if written and written != here:
         raise ScaleError(f'scale file {path}: the scales are not those that calibration wrote (digest {here}, written '
                          f'{written}); the file is damaged, or was changed')
-    return found
+    return whole
 
 
 def _read_json(path: Path) -> ScaleFile:

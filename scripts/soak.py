@@ -8,7 +8,7 @@ Per format: LMDeploy's server with prefix caching and a cache of --pool-tokens t
 there are, so that pages are evicted and used again. Every prompt is answered once by itself (greedy; the reference),
 then --concurrency clients send prompts in random order for --minutes, streamed or not, and hang up on some. Checked are
 every answer, against its reference by the limits that soak_checks.py states; errors; and that no block leaks: at the
-end no block belongs to a request, and a prompt that needs the whole cache is answered as before the load.
+end no block belongs to a request, and a prompt that needs all but a few blocks is answered as before the load.
 """
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import gpu_memory
 from benchlib import print_table, write_results
@@ -40,6 +41,9 @@ from lmdeploy_kvq.texts import built_in, tokenize
 WARM_UP = 20.0  # seconds of load before memory is watched
 IDLE_LIMIT = 45.0  # seconds; the server takes its engine's metrics every ten
 GAUGE = re.compile(r'^lmdeploy:(num_requests_running|num_requests_waiting|gpu_cache_usage_perc)\{.*\} (\S+)$', re.M)
+SPARES = (8, 64, 256)
+"""Blocks that a prompt which takes all others may leave: the first of these that works before the load."""
+
 SHORT = {'prompts': 64, 'longest': 64, 'new_tokens': 8, 'pool_tokens': 16384}  # of --requests
 
 
@@ -101,19 +105,22 @@ def blocks_in_use(url: str, blocks: int, settle: float = 11) -> int | None:
 
 
 def whole_cache(url: str, blocks: int, prompts: Sequence[Prompt]) -> bool:
-    """Whether a prompt is answered that needs every block: cached prefixes have to go, and leaked blocks are missed.
-
-    Block 0 is reserved, LMDeploy keeps one back, and the answer may begin another.
-    """
-    ids = tuple(itertools.islice(itertools.cycle(itertools.chain.from_iterable(p.ids for p in prompts)),
-                                 (blocks - 3) * 64))
-    answer = asyncio.run(ask_one(url, Prompt(ids, 1), limit=90))
+    """Whether a prompt of so many blocks is answered: cached prefixes have to go for it, leaked blocks are missing."""
+    ids = tuple(itertools.islice(itertools.cycle(itertools.chain.from_iterable(p.ids for p in prompts)), blocks * 64))
+    answer = asyncio.run(ask_one(url, Prompt(ids, 1), limit=60))
     if answer.error:
         print(f'a prompt of {len(ids)} tokens: {answer.error}', flush=True)
     return answer.error is None
 
 
-def run_format(policy: str, settings: Settings) -> tuple[dict, list[Answer], list[Answer]]:
+def meet(barrier: Barrier | None) -> None:
+    """Wait for the other servers, so that all are under load at a time; not for those that failed."""
+    if barrier is not None:
+        with contextlib.suppress(BrokenBarrierError):
+            barrier.wait(300)
+
+
+def run_format(policy: str, settings: Settings, barrier: Barrier | None) -> tuple[dict, list[Answer], list[Answer]]:
     """Serve one format; its row, its references, and its answers under load. Runs in a process of its own."""
     os.environ['LMDEPLOY_KVQ_PREFILL'] = settings.prefill
     prompts, row = all_prompts(settings), {'format': policy}
@@ -130,10 +137,11 @@ def run_format(policy: str, settings: Settings) -> tuple[dict, list[Answer], lis
         wrong = next((a.error for a in first if a.error), None)
         if wrong:
             raise RuntimeError(f'a prompt by itself is not answered: {wrong}')
-        row['whole_cache_before'] = whole_cache(server.url, blocks, prompts)
+        row['spare_blocks'] = next((n for n in SPARES if whole_cache(server.url, blocks - n, prompts)), None)
         requests = make_requests(prompts, settings.seed + 1)
         say('warming up')
         early = asyncio.run(load(server.url, prompts, requests, settings.concurrency, WARM_UP))
+        meet(barrier)
         row['memory_warm_mib'] = gpu_memory.used_mib(pid)[0]
         say('load')
         count = settings.requests or None
@@ -146,16 +154,19 @@ def run_format(policy: str, settings: Settings) -> tuple[dict, list[Answer], lis
         row['unfinished'] = max(settings.requests - len(answers), 0)
         say(f'{len(answers)} requests, {row["errors"]} errors; looking for leaked blocks')
         row['blocks_in_use'] = blocks_in_use(server.url, blocks)
-        row['whole_cache_after'] = whole_cache(server.url, blocks, prompts)
+        spare = SPARES[0] if row['spare_blocks'] is None else row['spare_blocks']
+        row['whole_cache_after'] = whole_cache(server.url, blocks - spare, prompts)
         row |= {'memory_end_mib': gpu_memory.used_mib(pid)[0], 'memory_growth_mib': growth(memory.rows)}
     return row, first, early + answers
 
 
-def attempt(policy: str, settings: Settings) -> tuple[dict, list[Answer], list[Answer]]:
+def attempt(policy: str, settings: Settings, barrier: Barrier | None) -> tuple[dict, list[Answer], list[Answer]]:
     """:func:`run_format`; a server that fails is a row that says so."""
     try:
-        return run_format(policy, settings)
+        return run_format(policy, settings, barrier)
     except Exception as error:  # every format has its row; the exit code tells
+        if barrier is not None:
+            barrier.abort()
         return {'format': policy, 'error': f'{type(error).__name__}: {error}'}, [], []
 
 
@@ -214,15 +225,17 @@ def main() -> int:
     find_or_convert(Path(settings.model))
     began = time.monotonic()
     context = multiprocessing.get_context('spawn')  # each format's client has an interpreter of its own
-    with ProcessPoolExecutor(len(formats) if args.parallel else 1, mp_context=context) as pool:
-        results = list(pool.map(attempt, formats, itertools.repeat(settings)))
+    with context.Manager() as manager, \
+            ProcessPoolExecutor(len(formats) if args.parallel else 1, mp_context=context) as pool:
+        barrier = manager.Barrier(len(formats)) if args.parallel else None
+        results = list(pool.map(attempt, formats, itertools.repeat(settings), itertools.repeat(barrier)))
     failed = verdict(results)
     rows = [row for row, _, _ in results]
     print_table(rows, ['format', 'requests', 'aborted', 'errors', 'wrong_answers', 'equal_answers', 'equal_prefix',
                        'change', 'limit', 'largest_gap', 'gap_limit', 'blocks_in_use', 'memory_growth_mib'])
     print_table(rows, ['format', 'tokens_per_s', 'requests_per_s', 'first_token_ms_p50', 'first_token_ms_p99',
                        'between_tokens_ms_p50', 'between_tokens_ms_p99', 'answer_ms_p50', 'answer_ms_p99',
-                       'memory_start_mib', 'memory_warm_mib', 'memory_end_mib'])
+                       'memory_start_mib', 'memory_warm_mib', 'memory_end_mib', 'spare_blocks'])
     path = write_results('soak_requests' if settings.requests else 'soak', rows, args.out, **vars(settings),
                          parallel=args.parallel, took_seconds=time.monotonic() - began, failed=failed)
     print(path, *failed, sep='\n')

@@ -136,8 +136,9 @@ def judge(row: dict, floor: Deviation, effect: Deviation | None, own: Deviation)
             own.change <= row['limit'],
         'no answer could be compared': own.answers > 0,
         f'{row["blocks_in_use"]} blocks are in use by no request at the end': row['blocks_in_use'] == 0,
-        'blocks leaked: a prompt as long as the cache is not answered any more': bool(row['whole_cache_after']),
-        'a prompt as long as the cache was not answered even before the load': bool(row['whole_cache_before']),
+        f'blocks leaked: a prompt of all blocks but {row["spare_blocks"]} is not answered any more':
+            bool(row['whole_cache_after']),
+        'a prompt as long as the cache was not answered even before the load': row['spare_blocks'] is not None,
         f'device memory grew by {row["memory_growth_mib"]} MiB, the limit is {GROWTH_LIMIT:g}':
             row['memory_growth_mib'] is not None and row['memory_growth_mib'] <= GROWTH_LIMIT,
         f'{row["unfinished"]} requests short of what was asked for': row['unfinished'] == 0,

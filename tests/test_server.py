@@ -118,8 +118,8 @@ def test_refusals_and_silence_are_errors(url, prompts):
 def test_idle_servers_show_no_blocks_in_use(url, references):
     """The gauges of LMDeploy's endpoint, by the names that it has."""
     assert soak.blocks_in_use(url, 100, settle=0) == 0 and len(soak.gauges(url)) == 3
-    assert not soak.whole_cache(url, 100, [Prompt((5, ), 1)])  # longer than the session: refused, which is an answer
-    assert soak.whole_cache(url, 5, [Prompt((5, 6, 7), 1)])
+    assert not soak.whole_cache(url, 3, [Prompt((5, ), 1)])  # longer than the session: refused
+    assert soak.whole_cache(url, 2, [Prompt((5, 6, 7), 1)])
 
 
 # ---- hostile requests
@@ -213,7 +213,7 @@ def test_growth_is_between_the_halves():
     assert checks.growth(flat[:3]) is None
 
 
-ROW = {'format': 'x', 'errors': 0, 'blocks_in_use': 0, 'whole_cache_before': True, 'whole_cache_after': True,
+ROW = {'format': 'x', 'errors': 0, 'blocks_in_use': 0, 'spare_blocks': 8, 'whole_cache_after': True,
        'memory_growth_mib': 0.0, 'unfinished': 0}
 FLOOR, EFFECT = checks.Deviation(100, 0.8, 0.9, 0.01, (0.2, )), checks.Deviation(100, 0.3, 0.5, 0.05, (0.7, 0.1))
 
@@ -225,6 +225,7 @@ FLOOR, EFFECT = checks.Deviation(100, 0.8, 0.9, 0.01, (0.2, )), checks.Deviation
     (checks.Deviation(0, 0.0, 0.0, 0.0, ()), {}, 'no answer could be compared'),
     (FLOOR, {'errors': 2}, '2 errors'), (FLOOR, {'blocks_in_use': 3}, '3 blocks'),
     (FLOOR, {'blocks_in_use': None}, 'blocks are in use'), (FLOOR, {'whole_cache_after': False}, 'blocks leaked'),
+    (FLOOR, {'spare_blocks': None}, 'even before the load'),
     (FLOOR, {'memory_growth_mib': 65.0}, 'grew by 65.0'), (FLOOR, {'memory_growth_mib': None}, 'grew by None'),
     (FLOOR, {'unfinished': 7}, '7 requests short'),
 ])
