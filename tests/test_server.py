@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import math
@@ -120,6 +121,42 @@ def test_idle_servers_show_no_blocks_in_use(url, references):
     assert soak.blocks_in_use(url, 100, settle=0) == 0 and len(soak.gauges(url)) == 3
     assert not soak.whole_cache(url, 3, [Prompt((5, ), 1)])  # longer than the session: refused
     assert soak.whole_cache(url, 2, [Prompt((5, 6, 7), 1)])
+
+
+class _Running:
+    """In the place of scripts/server.py's Server, which starts LMDeploy's engine: the server of these tests."""
+    url, pid = '', subprocess.os.getpid()
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def cache_blocks(self) -> dict[str, int]:
+        return {'num_gpu_blocks': 10}
+
+
+def test_a_whole_run(url, small_model, monkeypatch):  # noqa: F811
+    """References, warm-up, load, leak checks and verdict, all but the engine and the GPU's memory."""
+    monkeypatch.setattr(soak, 'Server', type('Server', (_Running, ), {'url': url}))
+    monkeypatch.setattr(soak, 'WARM_UP', 0.5)
+    monkeypatch.setattr(soak, 'all_prompts', lambda settings: load.make_prompts(range(3, 250), 6, 60, 8, seed=0))
+    monkeypatch.setenv('LMDEPLOY_KVQ_PREFILL', 'raw')  # the run sets it for its server
+    monkeypatch.setattr(soak, 'blocks_in_use', functools.partial(soak.blocks_in_use, settle=0))
+    _, _, settings = soak.parse(['--model', str(small_model), '--requests', '25', '--concurrency', '4'])
+    results = [soak.attempt(name, settings, None) for name in ('none', 'fp8_per_token_head')]
+    failed = soak.verdict(results)
+    rows = [row for row, _, _ in results]
+    assert failed == [f'{row["format"]}: device memory grew by None MiB, the limit is 64' for row in rows]
+    for row in rows:
+        assert (row['requests'], row['unfinished'], row['errors'], row['wrong_answers']) == (25, 0, 0, 0)
+        assert row['equal_answers'] == 1 and row['whole_cache_after'] and row['spare_blocks'] == 8
+    assert rows[1]['tokens_per_s_vs_bf16'] > 0 and rows[1]['change_by_format'] < 1e-5
+    json.dumps(rows)
 
 
 # ---- hostile requests
