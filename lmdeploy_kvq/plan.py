@@ -128,7 +128,20 @@ def read_model(path: Path) -> Model:
 
 
 def _weight_files(folder: Path) -> int:
-    """Bytes of a folder's weights, 0 where there are none."""
+    """Bytes of a folder's weights, 0 where there are none.
+
+    Raises:
+        UserError: some of the files that the index names are there and some are not.
+    """
+    try:
+        index = json.loads((folder / 'model.safetensors.index.json').read_text(encoding='utf-8'))
+        named = {str(name) for name in index['weight_map'].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        named = set()  # most models have none; a damaged one is for whoever loads the weights
+    missing = sorted(name for name in named if not (folder / name).is_file())
+    if missing and len(missing) < len(named):
+        raise UserError(f'{folder} lacks {len(missing)} of the {len(named)} files of its weights, the first is '
+                        f'{missing[0]}; download it again, or plan from config.json alone')
     return max(sum(file.stat().st_size for file in folder.glob(pattern)) for pattern in ('*.safetensors', '*.bin'))
 
 

@@ -12,6 +12,7 @@ from . import observer
 from .asked import check
 from .checkpoints import advise, declares_fp8_cache
 from .loading import check_file, scale_path
+from .prefill import prefill_reads_cache
 
 _NO_SCALES = ('MiniCPM3ForCausalLM', 'DeepseekV4ForCausalLM')
 """Architectures whose attention does not pass the cache's scale tensors on."""
@@ -24,6 +25,7 @@ def finalize_cache_policy(original: Callable[..., None], model_configs: Sequence
         check(model_config, cache_config, scale_path(getattr(model_config.hf_config, 'name_or_path', '')))
     fmt = find_format(cache_config.quant_policy)
     if fmt is not None:
+        prefill_reads_cache()  # a value that cannot be read is refused here, not by the first prompt
         for model_config in model_configs:
             check_model(fmt, model_config, cache_config)
             check_file(model_config, cache_config.quant_policy)
@@ -45,6 +47,9 @@ def check_model(fmt: KVFormat, model_config: Any, cache_config: Any) -> None:
     fmt.check_head_dims(model_config.k_head_dim or model_config.head_dim,
                         model_config.v_head_dim or model_config.head_dim)
     group = model_config.num_attention_heads // max(model_config.num_key_value_heads, 1)
+    if model_config.num_attention_heads % max(model_config.num_key_value_heads, 1):
+        raise ValueError(f'quant_policy {fmt.name}: {model_config.num_attention_heads} query heads do not share '
+                         f'{model_config.num_key_value_heads} KV heads evenly; {instead}')
     if group > MAX_GROUP:
         raise ValueError(f'quant_policy {fmt.name}: {group} query heads per KV head, supported are up to {MAX_GROUP}; '
                          f'{instead}')

@@ -12,6 +12,7 @@ import torch
 from lmdeploy.utils import get_logger
 
 from .._autoload import SCALES
+from ..console import reason
 from ..formats import KVFormat, find_format
 from ..reference import MAX_INPUT
 from ..scales import (
@@ -153,6 +154,9 @@ def collect_checkpoint(model: torch.nn.Module, model_path: str) -> None:
     Args:
         model: LMDeploy's model, on any device (``meta`` will do).
         model_path: folder with safetensors; other checkpoints have no scales that can be read alone.
+
+    Raises:
+        ScaleError: weights that are not there, or damaged.
     """
     from lmdeploy.pytorch.weight_loader.model_weight_loader import ModelWeightLoader
     from safetensors import safe_open
@@ -163,9 +167,15 @@ def collect_checkpoint(model: torch.nn.Module, model_path: str) -> None:
                 if parse_name(name) is not None:
                     yield name, file.get_tensor(name)
 
-    loader = ModelWeightLoader(model_path)
-    for path in loader._shard_paths if loader._weight_type == 'safetensors' else ():
-        list(loader._rename_weights_iterator(tensors(path), model))
+    try:
+        loader = ModelWeightLoader(model_path)
+        for path in loader._shard_paths if loader._weight_type == 'safetensors' else ():
+            list(loader._rename_weights_iterator(tensors(path), model))
+    except ScaleError:
+        raise
+    except Exception as error:  # files that are missing or cut short, a damaged index: safetensors', json's, LMDeploy's
+        raise ScaleError(f'the checkpoint\'s scales cannot be read: the weights in {model_path} are missing or '
+                         f'damaged ({reason(error)})') from error
 
 
 def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_heads: int, rank: int = 0,
@@ -275,7 +285,8 @@ def check_file(model_config: Any, quant_policy: int) -> None:
     check_origin(file, fmt, model_path)
     hybrid = getattr(model_config.llm_config or model_config.hf_config, 'layer_types', None) is not None
     held = file.layers if fmt.needs_scales else file.transforms
-    expected = held if hybrid else range(model_config.num_layers)  # which layers attend is known once built
+    layers = range(model_config.num_layers)
+    expected = [n for n in held if n in layers] if hybrid else layers  # which layers attend is known once built
     if fmt.needs_scales:
         validate(file, expected, kv_heads(model_config))
     else:
