@@ -243,6 +243,7 @@ def test_lmdeploys_own_policies_are_never_refused(policy):
         assert cache.quant_policy == policy
 
 
+@pytest.mark.covers('arch.mla')
 def test_sparse_mla_stays_lmdeploys():
     """DSA models give fp8 a meaning of their own; LMDeploy refuses every other policy for them itself."""
     for fmt in kvq.FORMATS:
