@@ -44,6 +44,7 @@ class Architecture:
         finish: changes what transformers saved: (config, weights) in place.
         needs: modules without which LMDeploy does not run it on a GPU.
         loads_on_cpu: LMDeploy's loader works without CUDA.
+        longest: tokens up to which LMDeploy's decoding sees what its prefill sees, see ``engines.measure``; None: any.
     """
     family: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class Architecture:
     finish: Callable[[dict, dict], None] | None = None
     needs: tuple[str, ...] = ()
     loads_on_cpu: bool = True
+    longest: int | None = None
 
     @property
     def text(self) -> dict[str, Any]:
@@ -88,12 +90,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     'qwen3': Architecture('Qwen3'),
     'qwen3_moe': Architecture('Qwen3Moe', _MOE),
     'gemma2': Architecture('Gemma2', {'head_dim': 256, 'num_hidden_layers': 4, 'sliding_window': WINDOW,
-                                      'query_pre_attn_scalar': 256, 'tie_word_embeddings': True}, cached=4),
+                                      'query_pre_attn_scalar': 256, 'tie_word_embeddings': True}, cached=4,
+                           longest=WINDOW),
     'gemma3': Architecture('Gemma3', {'head_dim': 256, 'num_hidden_layers': 6, 'sliding_window': WINDOW,
                                       'query_pre_attn_scalar': 256, 'tie_word_embeddings': True, 'rope_parameters': {
                                           'full_attention': {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0},
                                           'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4}}},
-                           cached=6, config='TextConfig'),
+                           cached=6, config='TextConfig', longest=WINDOW),
     'gpt_oss': Architecture('GptOss', {'head_dim': 64, 'num_attention_heads': 8, 'num_hidden_layers': 4,
                                        'num_local_experts': 4, 'num_experts_per_tok': 2, 'sliding_window': WINDOW},
                             cached=4, loads_on_cpu=False),
@@ -202,6 +205,19 @@ def _without_fla(model: torch.nn.Module) -> None:
 def log_probabilities(model: torch.nn.Module, ids: list[int], cache: Any = None) -> torch.Tensor:
     """transformers' predictions: fp32 [tokens, vocabulary]."""
     return model(torch.tensor([ids]), past_key_values=cache).logits[0].float().log_softmax(-1)
+
+
+def quantized_cache(model: torch.nn.Module, fmt: str) -> Any:
+    """A cache of transformers whose layers with K and V store them in a format; the others keep their state."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    from lmdeploy_kvq import get_format
+    from lmdeploy_kvq.hf_cache import QuantizedLayer
+    cache, one = DynamicCache(config=model.config.get_text_config()), torch.ones(())
+    cache.layers = [QuantizedLayer(get_format(fmt), one, one) if isinstance(layer, DynamicLayer) else layer
+                    for layer in cache.layers]
+    return cache
 
 
 @torch.inference_mode()
