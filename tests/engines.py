@@ -112,7 +112,7 @@ class Figures:
         return max(self.against_prefill['none'], 1e-7)
 
 
-def _same_history(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def same_history(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The predictions of two engines while decoding, as far as both had generated the same tokens until then."""
     ends = [accuracy.agreeing(x, y) + 1 for x, y in zip(a['tokens'], b['tokens'])]
     p, q = ([rows[1:end] for rows, end in zip(run['generated'], ends)] for run in (a, b))
@@ -138,10 +138,10 @@ def measure(runs: dict[str, dict[str, Any]], expected: dict[str, float], longest
     for name in FORMATS:
         own = runs[f'{name} graph']
         figures.prefill[name] = kl(base['passages'], own['passages'])
-        p, q = _same_history(base, own)
+        p, q = same_history(base, own)
         figures.decode[name], figures.compared[name] = kl(p, q), sum(map(len, p))
     for name in ('none', EAGER):
-        figures.graph[name] = kl(*_same_history(runs[f'{name} eager'], runs[f'{name} graph']))
+        figures.graph[name] = kl(*same_history(runs[f'{name} eager'], runs[f'{name} graph']))
     return figures
 
 

@@ -158,7 +158,8 @@ def _draw(model: torch.nn.Module, name: str, parameter: torch.Tensor) -> None:
     elif part == 'norm' and family.startswith('Gemma'):
         parameter.fill_(1.0)  # 1 + 1: their heads are the embeddings, which are small
     elif part == 'embed_tokens':
-        parameter.normal_(0, fan_in**-.5 if family.startswith('Gemma') else 1.0)
+        parameter.normal_()  # every row as long as the others: a draft model (drafts.py) goes without the first norm
+        parameter.mul_((1 if family.startswith('Gemma') else fan_in**.5) / parameter.norm(dim=1, keepdim=True))
     elif part == 'lm_head':
         parameter.normal_(0, 2 / fan_in**.5)
     elif parameter.dim() > 1:

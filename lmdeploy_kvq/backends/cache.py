@@ -11,6 +11,7 @@ from ..kernels.decode import MAX_BATCH, MAX_GROUP
 from . import observer
 from .asked import check
 from .checkpoints import advise, declares_fp8_cache
+from .drafts import draft_folder
 from .loading import check_file, scale_path
 
 _NO_SCALES = ('MiniCPM3ForCausalLM', 'DeepseekV4ForCausalLM')
@@ -20,7 +21,9 @@ _NO_SCALES = ('MiniCPM3ForCausalLM', 'DeepseekV4ForCausalLM')
 def finalize_cache_policy(original: Callable[..., None], model_configs: Sequence[Any], cache_config: Any) -> None:
     """Runs once per engine, with the real model configuration and before workers start: check what we will store."""
     original(model_configs, cache_config)
-    for model_config in model_configs if observer.ACTIVE is None else ():  # lmdeploy-kvq calibrate is not serving
+    for model_config in model_configs:
+        if observer.ACTIVE is not None or draft_folder(model_config) is not None:
+            continue  # lmdeploy-kvq calibrate is not serving; of a draft model, nothing is calibrated
         check(model_config, cache_config, scale_path(getattr(model_config.hf_config, 'name_or_path', '')))
     fmt = find_format(cache_config.quant_policy)
     if fmt is not None:
