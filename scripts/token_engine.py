@@ -10,7 +10,7 @@ SPEC.json has ``model`` (folder) and, as wanted,
   adapter to continue and to score with;
 * ``score_generated``: score the prompts with what was generated, too;
 * ``passages``: lists of token ids to score;
-* ``out``: file for the tensors, written with torch.save: ``generated`` and, after what was generated, ``rescored``
+* ``out``: file for the tensors (without it none are asked for), written with torch.save: ``generated`` and, after what was generated, ``rescored``
   (fp32 [new tokens, vocabulary] per prompt) and ``passages`` (fp32 [tokens, vocabulary] each), all log-probabilities.
 
 ANSWER.json has ``tokens`` (per prompt), ``num_gpu_blocks``, ``start_seconds``, and with a draft model ``drafted`` and
@@ -50,7 +50,8 @@ async def _run(engine: Any, spec: dict[str, Any]) -> dict[str, Any]:
     counts = _count_drafts(engine) if spec.get('speculative') else {}
     sessions, kept = itertools.count(1), {}
     prompts, adapter = spec.get('prompts', []), spec.get('adapter')
-    done = await asyncio.gather(*(generate(engine, next(sessions), ids, spec['new_tokens'], adapter)
+    scored = bool(spec.get('out'))
+    done = await asyncio.gather(*(generate(engine, next(sessions), ids, spec['new_tokens'], adapter, scored)
                                   for ids in prompts))
     tokens = [found for found, _ in done]
     kept['generated'] = [scores for _, scores in done]
@@ -63,12 +64,13 @@ async def _run(engine: Any, spec: dict[str, Any]) -> dict[str, Any]:
     return {'tokens': tokens, **counts}
 
 
-async def generate(engine: Any, session: int, ids: list[int], new_tokens: int,
-                   adapter: str | None = None) -> tuple[list[int], torch.Tensor]:
+async def generate(engine: Any, session: int, ids: list[int], new_tokens: int, adapter: str | None = None,
+                   scored: bool = True) -> tuple[list[int], torch.Tensor | None]:
     """Continue greedily.
 
     Returns:
-        The new tokens, and the log-probabilities they were taken from: fp32 [new tokens, vocabulary].
+        The new tokens, and the log-probabilities they were taken from if they are to be ``scored``: fp32 [new tokens,
+        vocabulary].
 
     Raises:
         RuntimeError: the engine ended the request otherwise.
@@ -76,13 +78,15 @@ async def generate(engine: Any, session: int, ids: list[int], new_tokens: int,
     from lmdeploy.messages import GenerationConfig
     vocabulary = engine.model_config.vocab_size
     config = GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, top_k=1, temperature=1.0,
-                              logprobs=vocabulary)
+                              logprobs=vocabulary if scored else None)
     tokens, rows = [], []
     async for out in _stream(engine, session, ids, config, adapter):
         tokens += out.token_ids
         rows += out.logprobs or []
-    if not len(tokens) == len(rows) == new_tokens:
+    if len(tokens) != new_tokens or scored and len(rows) != new_tokens:
         raise RuntimeError(f'{len(tokens)} tokens and {len(rows)} rows of log-probabilities instead of {new_tokens}')
+    if not scored:
+        return tokens, None
     scores = torch.tensor([[row[token] for token in range(vocabulary)] for row in rows])
     return tokens, scores.log_softmax(-1)
 

@@ -56,7 +56,7 @@ def run(folder: Path, policies: dict[str, dict[str, Any]], jobs: int = 6, limit:
                 answer = probe(spec, environment, limit, (str(program), ))
             except EngineError as error:
                 raise EngineError(f'{name}: {error}\n{error.log[-3000:]}', error.log) from error
-            return {**answer, **torch.load(spec['out'])}
+            return {**answer, **(torch.load(spec['out']) if spec['out'] else {})}
 
     with ThreadPoolExecutor(jobs) as pool:
         return dict(zip(policies, pool.map(one, policies)))

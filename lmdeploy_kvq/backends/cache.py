@@ -42,9 +42,9 @@ def check_model(fmt: KVFormat, model_config: Any, cache_config: Any) -> None:
             or not model_config.use_standard_kv_cache:
         raise ValueError(f'quant_policy {fmt.name}: {names[0]} keeps a latent (MLA) or non-standard KV cache, which '
                          f'this format cannot store; {instead}')
-    if model_config.model_paradigm == 'dllm':
-        raise ValueError(f'quant_policy {fmt.name}: {names[0]} is a block-diffusion model, whose decoding attends in '
-                         f'both directions inside a block; {instead}')
+    if model_config.model_paradigm == 'dllm' and (model_config.sliding_window or -1) > 0:
+        raise ValueError(f'quant_policy {fmt.name}: {names[0]} is a block-diffusion model with a sliding window, which '
+                         f'is not supported; {instead}')
     fmt.check_head_dims(model_config.k_head_dim or model_config.head_dim,
                         model_config.v_head_dim or model_config.head_dim)
     group = model_config.num_attention_heads // max(model_config.num_key_value_heads, 1)
