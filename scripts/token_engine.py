@@ -10,8 +10,9 @@ SPEC.json has ``model`` (folder) and, as wanted,
   adapter to continue and to score with;
 * ``score_generated``: score the prompts with what was generated, too;
 * ``passages``: lists of token ids to score;
-* ``out``: file for the tensors (without it none are asked for), written with torch.save: ``generated`` and, after what was generated, ``rescored``
-  (fp32 [new tokens, vocabulary] per prompt) and ``passages`` (fp32 [tokens, vocabulary] each), all log-probabilities.
+* ``out``: file for the tensors (without it none are asked for), written with torch.save, all log-probabilities:
+  ``generated`` and, of the same tokens by prefill, ``rescored`` (fp32 [new tokens, vocabulary] per prompt), and
+  ``passages`` (fp32 [tokens, vocabulary] each).
 
 ANSWER.json has ``tokens`` (per prompt), ``num_gpu_blocks``, ``start_seconds``, and with a draft model ``drafted`` and
 ``accepted``: draft tokens in all, and those that the target model took. Everything is generated before anything is
@@ -31,18 +32,26 @@ from typing import Any
 import torch
 
 
+def skip_chat_format() -> None:
+    """Of gpt-oss, LMDeploy downloads the vocabulary of the chat format, to parse text. Token ids are not parsed."""
+    import openai_harmony
+    openai_harmony.load_harmony_encoding = lambda name: None
+
+
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Start the engine, and do what the specification asks for."""
     from lmdeploy import PytorchEngineConfig
     from lmdeploy.messages import SpeculativeConfig
     from lmdeploy.pytorch.engine import Engine
     start = time.time()
+    skip_chat_format()
     config = PytorchEngineConfig(quant_policy=spec.get('quant_policy', 0), logprobs_mode='raw_logits',
                                  **spec.get('engine', {}))
     draft = SpeculativeConfig(**spec['speculative']) if spec.get('speculative') else None
     engine = Engine.from_pretrained(spec['model'], engine_config=config, speculative_config=draft)
     answer = {'start_seconds': time.time() - start, 'num_gpu_blocks': engine.executor.cache_config.num_gpu_blocks}
-    return {**answer, **asyncio.run(_run(engine, spec))}
+    # not asyncio.run, which would wait for the tasks of the engine's loop
+    return {**answer, **asyncio.new_event_loop().run_until_complete(_run(engine, spec))}
 
 
 async def _run(engine: Any, spec: dict[str, Any]) -> dict[str, Any]:

@@ -79,8 +79,12 @@ def kl(p: list[torch.Tensor], q: list[torch.Tensor]) -> float:
 
 
 def reference(name: str, passages: list = PASSAGES) -> dict[str, float]:
+    """:func:`losses` of an architecture's model, with the weights of its checkpoint."""
+    return losses(models.build(name).to(torch.bfloat16).float(), passages)
+
+
+def losses(model: torch.nn.Module, passages: list = PASSAGES) -> dict[str, float]:
     """What each format must cost: mean KL of transformers in fp32 whose every query reads what the format stored."""
-    model = models.build(name).to(torch.bfloat16).float()  # the checkpoint's weights
     base = [models.log_probabilities(model, ids) for ids in passages]
     return {fmt: kl(base, [models.log_probabilities(model, ids, models.quantized_cache(model, fmt))
                            for ids in passages]) for fmt in FORMATS}

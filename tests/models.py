@@ -169,7 +169,7 @@ def _draw(model: torch.nn.Module, name: str, parameter: torch.Tensor) -> None:
 
 
 def write(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes: Any) -> None:
-    """Write an architecture's config.json and model.safetensors.
+    """Write an architecture's config.json and model.safetensors, and a tokenizer, which LMDeploy's model agent loads.
 
     Args:
         dtype: of the weights; LMDeploy asks the GPU about bf16, so fp16 without one.
@@ -178,6 +178,7 @@ def write(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, seed: in
     from safetensors.torch import load_file, save_file
     model = build(name, seed, **changes).to(dtype)
     model.save_pretrained(folder)
+    write_tokenizer(folder)
     finish = ARCHITECTURES[name].finish
     if finish is not None:
         config = json.loads((folder / 'config.json').read_text())
@@ -186,6 +187,18 @@ def write(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, seed: in
         (folder / 'config.json').write_text(json.dumps(config))
         save_file({key: weight.contiguous() for key, weight in weights.items()}, folder / 'model.safetensors',
                   metadata={'format': 'pt'})
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Bytes as tokens, as many as the vocabulary has."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: token for token, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=letters[0], bos_token=letters[1],
+                            eos_token=letters[2]).save_pretrained(folder)
 
 
 def prompts(count: int, length: int, seed: int = 0, step: int = 0) -> list[list[int]]:

@@ -78,6 +78,19 @@ def test_the_engine_accepts_it(written, name):
 
 
 @EACH
+def test_the_model_agent_finds_a_tokenizer(written, name, monkeypatch):
+    """LMDeploy's engine loads one also where it is given token ids, and compiles grammars for it."""
+    from lmdeploy.pytorch.engine.guided_process import GuidedDecodingManager
+    from lmdeploy.tokenizer import Tokenizer
+    if name == 'gpt_oss':  # as scripts/token_engine.py does: it would be downloaded
+        monkeypatch.setattr('openai_harmony.load_harmony_encoding', lambda name: None)
+    tokenizer = Tokenizer(str(written(name))).model.model
+    assert len(tokenizer) >= models.VOCAB and tokenizer.decode(tokenizer.encode('K and V')) == 'K and V'
+    manager = GuidedDecodingManager(tokenizer, models.VOCAB)
+    manager.get_processor(0, 0, {'type': 'regex_schema', 'regex_schema': '[0-9]+'})
+
+
+@EACH
 def test_doctor_checks_it(written, name, monkeypatch, capsys):
     """The command: what the engine would store, and every layer's scales where LMDeploy can build the model."""
     monkeypatch.setenv(SCALES, '')
