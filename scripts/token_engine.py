@@ -8,6 +8,8 @@ SPEC.json has ``model`` (folder) and, as wanted,
 * ``quant_policy``; ``engine``: further arguments of PytorchEngineConfig; ``speculative``: those of SpeculativeConfig;
 * ``prompts``: lists of token ids, all continued greedily at once by ``new_tokens``; ``adapter``: name of the LoRA
   adapter to continue and to score with;
+* ``image``: a picture of noise in every prompt and passage, for Qwen2-VL: ``seed``, ``grid`` (patches: time, height,
+  width), ``patch`` (numbers of one), and ``tokens`` times ``token`` in the text from ``offset`` on;
 * ``score_generated``: score the prompts with what was generated, too;
 * ``passages``: lists of token ids to score;
 * ``out``: file for the tensors (without it none are asked for), written with torch.save, all log-probabilities:
@@ -58,22 +60,22 @@ async def _run(engine: Any, spec: dict[str, Any]) -> dict[str, Any]:
     engine.start_loop()
     counts = _count_drafts(engine) if spec.get('speculative') else {}
     sessions, kept = itertools.count(1), {}
-    prompts, adapter = spec.get('prompts', []), spec.get('adapter')
+    prompts = spec.get('prompts', [])
     scored = bool(spec.get('out'))
-    done = await asyncio.gather(*(generate(engine, next(sessions), ids, spec['new_tokens'], adapter, scored)
+    done = await asyncio.gather(*(generate(engine, next(sessions), ids, spec['new_tokens'], spec, scored)
                                   for ids in prompts))
     tokens = [found for found, _ in done]
     kept['generated'] = [scores for _, scores in done]
     if spec.get('score_generated'):
-        whole = [await score(engine, next(sessions), ids + found, adapter) for ids, found in zip(prompts, tokens)]
+        whole = [await score(engine, next(sessions), ids + found, spec) for ids, found in zip(prompts, tokens)]
         kept['rescored'] = [scores[len(ids) - 1:-1] for ids, scores in zip(prompts, whole)]
-    kept['passages'] = [await score(engine, next(sessions), ids, adapter) for ids in spec.get('passages', [])]
+    kept['passages'] = [await score(engine, next(sessions), ids, spec) for ids in spec.get('passages', [])]
     if spec.get('out'):
         torch.save(kept, spec['out'])
     return {'tokens': tokens, **counts}
 
 
-async def generate(engine: Any, session: int, ids: list[int], new_tokens: int, adapter: str | None = None,
+async def generate(engine: Any, session: int, ids: list[int], new_tokens: int, spec: dict[str, Any],
                    scored: bool = True) -> tuple[list[int], torch.Tensor | None]:
     """Continue greedily.
 
@@ -89,7 +91,7 @@ async def generate(engine: Any, session: int, ids: list[int], new_tokens: int, a
     config = GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, top_k=1, temperature=1.0,
                               logprobs=vocabulary if scored else None)
     tokens, rows = [], []
-    async for out in _stream(engine, session, ids, config, adapter):
+    async for out in _stream(engine, session, ids, config, spec):
         tokens += out.token_ids
         rows += out.logprobs or []
     if len(tokens) != new_tokens or scored and len(rows) != new_tokens:
@@ -100,22 +102,31 @@ async def generate(engine: Any, session: int, ids: list[int], new_tokens: int, a
     return tokens, scores.log_softmax(-1)
 
 
-async def score(engine: Any, session: int, ids: list[int], adapter: str | None = None) -> torch.Tensor:
+async def score(engine: Any, session: int, ids: list[int], spec: dict[str, Any]) -> torch.Tensor:
     """Predictions of every position of a prompt: log-probabilities, fp32 [tokens, vocabulary]."""
     from lmdeploy.messages import GenerationConfig
     config = GenerationConfig(max_new_tokens=0, output_logits='all', top_k=1)
-    async for out in _stream(engine, session, ids, config, adapter):
+    async for out in _stream(engine, session, ids, config, spec):
         logits = out.logits
     return logits[:len(ids)].float().log_softmax(-1).cpu()
 
 
-async def _stream(engine: Any, session: int, ids: list[int], config: Any, adapter: str | None) -> Any:
+async def _stream(engine: Any, session: int, ids: list[int], config: Any, spec: dict[str, Any]) -> Any:
     from lmdeploy.messages import ResponseType
     instance = engine.create_instance()
-    async for out in instance.async_stream_infer(session, ids, gen_config=config, adapter_name=adapter):
+    pictures = [picture(spec['image'])] if spec.get('image') else None
+    async for out in instance.async_stream_infer(session, ids, gen_config=config, multimodal=pictures,
+                                                 adapter_name=spec.get('adapter')):
         if out.status not in (ResponseType.SUCCESS, ResponseType.FINISH):
             raise RuntimeError(f'a request of {len(ids)} tokens ended with {out.status}')
         yield out
+
+
+def picture(image: dict[str, Any]) -> dict[str, Any]:
+    """What LMDeploy's preprocessing of an image gives the engine: noise, [patches, numbers of one]."""
+    generator, grid = torch.Generator().manual_seed(image['seed']), torch.tensor([image['grid']])
+    return {'pixel_values': torch.randn(int(grid.prod()), image['patch'], generator=generator), 'image_grid_thw': grid,
+            'offset': image['offset'], 'image_token_id': image['token'], 'image_tokens': image['tokens']}
 
 
 def _count_drafts(engine: Any) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +84,16 @@ def reference(name: str, passages: list = PASSAGES) -> dict[str, float]:
     return losses(models.build(name).to(torch.bfloat16).float(), passages)
 
 
-def losses(model: torch.nn.Module, passages: list = PASSAGES) -> dict[str, float]:
-    """What each format must cost: mean KL of transformers in fp32 whose every query reads what the format stored."""
-    base = [models.log_probabilities(model, ids) for ids in passages]
-    return {fmt: kl(base, [models.log_probabilities(model, ids, models.quantized_cache(model, fmt))
-                           for ids in passages]) for fmt in FORMATS}
+def losses(model: torch.nn.Module, passages: list = PASSAGES,
+           predict: Callable[..., torch.Tensor] = models.log_probabilities) -> dict[str, float]:
+    """What each format must cost: mean KL of transformers in fp32 whose every query reads what the format stored.
+
+    Args:
+        predict: log-probabilities of (model, tokens, cache).
+    """
+    base = [predict(model, ids) for ids in passages]
+    return {fmt: kl(base, [predict(model, ids, models.quantized_cache(model, fmt)) for ids in passages])
+            for fmt in FORMATS}
 
 
 @dataclass
