@@ -94,6 +94,13 @@ PATCHES: tuple[Patch, ...] = (
     wrap('lmdeploy.pytorch.engine.model_agent.agent', 'BaseModelAgent._build_model', 'self',
          _late('loading', 'build_model'),
          'scales of files and checkpoints reach the attention layers, and are audited'),
+    wrap('lmdeploy.pytorch.spec_decode.spec_agent', 'SpecModelAgent.build_model',
+         'self empty_init target_model build_model_ctx', _late('drafts', 'build_model'),
+         'draft models of speculative decoding get scales of their own'),
+    wrap('lmdeploy.pytorch.config', 'SpecDecodeConfig.from_config',
+         'cls method num_speculative_tokens model target_cache_cfg target_model dtype trust_remote_code model_format '
+         'hf_overrides dist_config', _late('drafts', 'configure'),
+         'more draft tokens than the kernel reads at once are refused when the configuration is made'),
     wrap('lmdeploy.pytorch.engine.model_agent.agent', 'BaseModelAgent.build_cache_engine', 'self',
          _late('transfer', 'build_cache_engine'), 'pages that leave the process carry format, scales and transforms'),
     wrap('lmdeploy.pytorch.engine.cache_engine.engine', 'CacheEngine.p2p_initialize', 'self migration_init_request',

@@ -114,7 +114,10 @@ def read_model(path: Path) -> Model:
         name = (whole.get('architectures') or [whole.get('model_type', 'unknown')])[0]
         heads, layers = config['num_attention_heads'], config['num_hidden_layers']
         head_dim = config.get('head_dim') or config['hidden_size'] // heads
-        kinds = config.get('layer_types') or ['full_attention'] * layers
+        # published Qwen3-Next has the interval alone; LMDeploy counts by it
+        every = config.get('full_attention_interval') or 1
+        kinds = config.get('layer_types') or ['linear_attention' if (i + 1) % every else 'full_attention'
+                                              for i in range(layers)]
         if config.get('kv_lora_rank'):
             raise UserError(f'{name} keeps a latent (MLA) KV cache, which the formats of this package cannot store')
         weights = _weight_files(file.parent)

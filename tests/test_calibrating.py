@@ -562,6 +562,7 @@ def test_what_it_does_not_work_with_is_refused_before_loading(tmp_path, monkeypa
     dp = DistConfig(dp=2, tp=2)
     cases = [({'dist_config': dp}, 'data parallelism'), ({'role': EngineRole.Prefill}, 'disaggregated serving'),
              ({'model_paradigm': 'ar_spec'}, 'speculative decoding'),
+             ({'model_paradigm': 'dllm'}, 'block-diffusion models'),
              ({'enable_prefix_caching': True, 'states_shapes': [((1, ), torch.float16)]},
               'prefix caching of models with recurrent states')]
     for changes, match in cases:

@@ -11,6 +11,7 @@ from ..kernels.decode import MAX_BATCH, MAX_GROUP
 from . import observer
 from .asked import check
 from .checkpoints import advise, declares_fp8_cache
+from .drafts import draft_folder
 from .loading import check_file, scale_path
 from .prefill import prefill_reads_cache
 
@@ -21,7 +22,9 @@ _NO_SCALES = ('MiniCPM3ForCausalLM', 'DeepseekV4ForCausalLM')
 def finalize_cache_policy(original: Callable[..., None], model_configs: Sequence[Any], cache_config: Any) -> None:
     """Runs once per engine, with the real model configuration and before workers start: check what we will store."""
     original(model_configs, cache_config)
-    for model_config in model_configs if observer.ACTIVE is None else ():  # lmdeploy-kvq calibrate is not serving
+    for model_config in model_configs:
+        if observer.ACTIVE is not None or draft_folder(model_config) is not None:
+            continue  # lmdeploy-kvq calibrate is not serving; of a draft model, nothing is calibrated
         check(model_config, cache_config, scale_path(getattr(model_config.hf_config, 'name_or_path', '')))
     fmt = find_format(cache_config.quant_policy)
     if fmt is not None:
@@ -41,9 +44,9 @@ def check_model(fmt: KVFormat, model_config: Any, cache_config: Any) -> None:
             or not model_config.use_standard_kv_cache:
         raise ValueError(f'quant_policy {fmt.name}: {names[0]} keeps a latent (MLA) or non-standard KV cache, which '
                          f'this format cannot store; {instead}')
-    if model_config.model_paradigm == 'dllm':
-        raise ValueError(f'quant_policy {fmt.name}: {names[0]} is a block-diffusion model, whose decoding attends in '
-                         f'both directions inside a block; {instead}')
+    if model_config.model_paradigm == 'dllm' and (model_config.sliding_window or -1) > 0:
+        raise ValueError(f'quant_policy {fmt.name}: {names[0]} is a block-diffusion model with a sliding window, which '
+                         f'is not supported; {instead}')
     fmt.check_head_dims(model_config.k_head_dim or model_config.head_dim,
                         model_config.v_head_dim or model_config.head_dim)
     group = model_config.num_attention_heads // max(model_config.num_key_value_heads, 1)

@@ -41,11 +41,13 @@ class EngineError(RuntimeError):
         self.log = log
 
 
-def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: float = LIMIT) -> dict[str, Any]:
-    """Run :mod:`lmdeploy_kvq.backends.probe` in a fresh process.
+def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: float = LIMIT,
+          program: Sequence[str] = ('-m', 'lmdeploy_kvq.backends.probe')) -> dict[str, Any]:
+    """Run :mod:`lmdeploy_kvq.backends.probe`, or another program with its manners, in a fresh process.
 
     Args:
         spec: what it is to do. env: further environment variables. limit: seconds.
+        program: Python's arguments; the files of the specification and of the answer follow.
 
     Returns:
         Its answer.
@@ -56,7 +58,7 @@ def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: 
     with tempfile.TemporaryDirectory() as folder, Path(folder, 'log').open('w+', errors='replace') as log:
         question, answer = Path(folder, 'spec.json'), Path(folder, 'answer.json')
         question.write_text(json.dumps(dict(spec)), encoding='utf-8')
-        command = [sys.executable, '-m', 'lmdeploy_kvq.backends.probe', str(question), str(answer)]
+        command = [sys.executable, *program, str(question), str(answer)]
         late = ''
         # its output goes to a file: workers that outlive it would keep a pipe open
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
