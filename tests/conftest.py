@@ -11,6 +11,7 @@ if not GPU:
 def pytest_configure(config):
     """Declare the ``gpu`` marker; silence what Triton's interpreter does on every loop over device values."""
     config.addinivalue_line('markers', 'gpu: needs a CUDA GPU; skipped elsewhere')
+    config.addinivalue_line('markers', 'covers(*ids): rows of tests/rows.py that the test is evidence for')
     config.addinivalue_line('filterwarnings', 'ignore:Conversion of an array with ndim:DeprecationWarning:triton')
 
 
