@@ -220,7 +220,62 @@ def long_context(engine: Engine, spec: dict) -> dict:
     return {'decode': agreement(engine, prompt, tokens)}
 
 
-SCENARIOS = (answers, pressure, score, memory, long_context)
+def _send_weights(folder: str, pipe: Any) -> None:
+    """A trainer's process: a checkpoint on the GPU, handed to LMDeploy's update_params as CUDA IPC handles."""
+    from lmdeploy.utils import serialize_state_dict
+    from safetensors.torch import load_file
+    weights = load_file(Path(folder, 'model.safetensors'), device='cuda')
+    for wanted in iter(pipe.recv, None):  # the tensors live as long as this process
+        pipe.send(serialize_state_dict({name: weight for name, weight in weights.items()
+                                        if wanted == 'all' or not name.endswith('_scale')}))
+
+
+def update(engine: Engine, spec: dict) -> dict:
+    """Serve; take another model's weights; sleep at level 1; at level 2, and take the weights again without scales.
+
+    LMDeploy's executor for one process has no ``update_params``; the model agent's is what it calls in Ray's workers.
+
+    Returns:
+        The tokens after each, by ``start``, ``updated``, ``level 1``, ``level 2``.
+    """
+    import torch.multiprocessing as mp
+    from lmdeploy.serve.openai.protocol import UpdateParamsRequest
+    here, there = mp.get_context('spawn').Pipe()
+    trainer = mp.get_context('spawn').Process(target=_send_weights, args=(spec['weights'], there), daemon=True)
+    trainer.start()
+
+    def load(which: str) -> None:
+        here.send(which)
+        if not here.poll(TIMEOUT):
+            raise RuntimeError('the process with the weights says nothing')
+        agent = engine.engine.executor.model_agent
+        engine.call(agent.update_params, UpdateParamsRequest(serialized_named_tensors=here.recv(), finished=True))
+
+    def tokens() -> list[list[int]]:
+        return [answer['tokens'] for answer in engine.ask(spec['prompts'], spec['new_tokens'])]
+
+    found = {'start': tokens()}
+    load('all')
+    found['updated'] = tokens()
+    engine.run(engine.asynchronous.sleep(1))
+    engine.call(engine.asynchronous.wakeup)
+    found['level 1'] = tokens()
+    engine.run(engine.asynchronous.sleep(2))
+    engine.call(engine.asynchronous.wakeup, ['weights'])
+    load('weights')
+    engine.call(engine.asynchronous.wakeup, ['kv_cache'])
+    found['level 2'] = tokens()
+    here.send(None)
+    trainer.join(10)
+    return {'tokens': found}
+
+
+def start(engine: Engine, spec: dict) -> dict:
+    """Serve once."""
+    return {'tokens': {'start': [answer['tokens'] for answer in engine.ask(spec['prompts'], spec['new_tokens'])]}}
+
+
+SCENARIOS = (answers, pressure, score, memory, long_context, update, start)
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
