@@ -220,6 +220,16 @@ def long_context(engine: Engine, spec: dict) -> dict:
     return {'decode': agreement(engine, prompt, tokens)}
 
 
+def read(engine: Engine, spec: dict) -> dict:
+    """``first``, one after the other; then the prompts' answers, and log-probabilities of the prompts into ``out``."""
+    import torch
+    for ids in spec['first']:
+        engine.ask([ids], 1)
+    found = engine.ask(spec['prompts'], spec['new_tokens'])
+    torch.save([engine.logits(ids).log_softmax(-1).half().cpu() for ids in spec['prompts']], spec['out'])
+    return {'decode': [agreement(engine, ids, answer['tokens']) for ids, answer in zip(spec['prompts'], found)]}
+
+
 def _send_weights(folder: str, pipe: Any) -> None:
     """A trainer's process: a checkpoint on the GPU, handed to LMDeploy's update_params as CUDA IPC handles."""
     from lmdeploy.utils import serialize_state_dict
@@ -275,7 +285,7 @@ def start(engine: Engine, spec: dict) -> dict:
     return {'tokens': {'start': [answer['tokens'] for answer in engine.ask(spec['prompts'], spec['new_tokens'])]}}
 
 
-SCENARIOS = (answers, pressure, score, memory, long_context, update, start)
+SCENARIOS = (answers, pressure, score, memory, long_context, read, update, start)
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:

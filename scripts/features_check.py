@@ -80,10 +80,10 @@ CASES = {
 
 def make_prompts(tokenizer, seed: int = 0) -> list[list[int]]:
     """24 prompts of 490 to 700 tokens, in six families that begin alike for seven blocks of 64."""
-    ids, draw = tokenizer.encode(built_in()['prose']), random.Random(seed)
-    begins = [ids[n * 1000:n * 1000 + 448] for n in range(6)]
+    ids, draw = tokenizer.encode('\n'.join(built_in().values())), random.Random(seed)
+    begins = [ids[n * 800:n * 800 + 448] for n in range(6)]
     return [begin + ids[at:at + draw.randrange(42, 252)] for begin in begins
-            for at in (draw.randrange(6000, len(ids) - 260) for _ in range(4))]
+            for at in (draw.randrange(5000, len(ids) - 260) for _ in range(4))]
 
 
 def make_rounds(tokenizer) -> list[list[list[int]]]:
