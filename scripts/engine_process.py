@@ -211,13 +211,13 @@ def memory(engine: Engine, spec: dict) -> dict:
 
 
 def long_context(engine: Engine, spec: dict) -> dict:
-    """Greedy tokens after a long prompt, then log-probabilities of the last positions of each prompt, into ``out``."""
+    """Greedy tokens after the first prompt and the last, then log-probabilities of the last positions into ``out``."""
     import torch
-    prompt, keep = spec['prompts'][0], spec['keep']
-    tokens = engine.ask([prompt], spec['new_tokens'])[0]['tokens']
+    asked, keep = (spec['prompts'][0], spec['prompts'][-1]), spec['keep']
+    tokens = [engine.ask([prompt], spec['new_tokens'])[0]['tokens'] for prompt in asked]
     kept = [engine.logits(ids)[-keep:].log_softmax(-1).half().cpu() for ids in spec['prompts']]
     torch.save(kept, spec['out'])
-    return {'decode': agreement(engine, prompt, tokens)}
+    return {'decode': [agreement(engine, *pair) for pair in zip(asked, tokens)]}
 
 
 def read(engine: Engine, spec: dict) -> dict:

@@ -101,8 +101,8 @@ def row(run: Run, found: dict[Run, tuple[list[torch.Tensor], dict]]) -> dict:
     kept, done = found[run]
     bf16, one = (found[Run(run.kv_heads, check, 'tp=1')][0] for check in ('floor', run.check))
     return {'kv_heads': run.kv_heads, 'check': run.check, 'format': run.policy, 'way': run.way,
-            **compare(one, kept), 'cost': compare(bf16, one)['mean_kl'], 'decode_gap': max(gap['worst'] for gap in done['decode']),
-            'start_seconds': done['start_seconds']}
+            **compare(one, kept), 'cost': compare(bf16, one)['mean_kl'],
+            'decode_gap': max(gap['worst'] for gap in done['decode']), 'start_seconds': done['start_seconds']}
 
 
 def files_differ(work: Path, run: Run) -> float:
@@ -117,7 +117,7 @@ def files_differ(work: Path, run: Run) -> float:
 def verdicts(rows: list[dict]) -> list[str]:
     """What is not as it should be."""
     kl = {(r['kv_heads'], r['check'], r['way']): r['mean_kl'] for r in rows}
-    gaps = {(r['kv_heads'], r['way']): r['decode_gap'] for r in rows if r['check'] == 'floor'}
+    gaps = {(r['kv_heads'], r['check'], r['way']): r['decode_gap'] for r in rows}
     failed = []
     for r in rows:
         heads, check, way = r['kv_heads'], r['check'], r['way']
@@ -128,7 +128,7 @@ def verdicts(rows: list[dict]) -> list[str]:
         limit = max(FLOORS * kl[heads, 'floor', way], SHARE * min(control, r['cost']))
         if r['mean_kl'] > limit or control <= FLOORS * kl[heads, 'floor', way]:
             failed.append(f'{name}: mean KL {r["mean_kl"]:.3g}, the limit is {limit:.3g}, the control {control:.3g}')
-        gap = 2 * max(gaps[heads, way], gaps[heads, 'tp=1']) + SLACK
+        gap = 2 * max(gaps[heads, 'floor', way], gaps[heads, check, 'tp=1']) + SLACK
         if r['decode_gap'] > gap:
             failed.append(f'{name}: a decoded token is {r["decode_gap"]:.2f} from likely, the limit is {gap:.2f}')
         if r.get('files_differ', 0.0) > FILES_AGREE:

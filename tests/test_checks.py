@@ -98,8 +98,10 @@ def test_prompts_of_128k_tokens(tmp_path):
 ])
 def test_verdicts_of_long_prompts(change, said):
     rows = [{'format': 'none, another first half', 'mean_kl': 2.0},
-            {'format': 'none again', 'mean_kl': 1e-4, 'short_kl': 1e-4, 'decode_gap': 0.1},
-            {'format': 'int8_per_token_head', 'mean_kl': 0.005, 'short_kl': 0.01, 'decode_gap': 0.3, **change}]
+            {'format': 'none again', 'mean_kl': 1e-4, 'short_kl': 1e-4, 'decode_gap': 0.1,
+             'short_gap': 0.1},
+            {'format': 'int8_per_token_head', 'mean_kl': 0.005, 'short_kl': 0.01, 'decode_gap': 0.3,
+             'short_gap': 0.2, **change}]
     failed = long_check.verdicts(rows)
     assert not failed if said is None else len(failed) == 1 and said in failed[0]
     rows[0]['mean_kl'] = 0.01
