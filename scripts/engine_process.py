@@ -142,6 +142,18 @@ def answers(engine: Engine, spec: dict) -> dict:
             'cached': [sum(answer['cached'] for answer in found) for found in rounds], 'replays': engine.replays}
 
 
+def one_of_many(engine: Engine, spec: dict) -> dict:
+    """:func:`answers` of one data-parallel rank, which keeps stepping until the others have theirs."""
+    found = answers(engine, spec)
+    Path(spec['done'][spec['engine']['dp_rank']]).touch()
+    deadline = time.monotonic() + TIMEOUT
+    while not all(Path(path).exists() for path in spec['done']):
+        if time.monotonic() > deadline:
+            raise TimeoutError('another rank does not finish')
+        time.sleep(0.1)
+    return found
+
+
 def pressure(engine: Engine, spec: dict) -> dict:
     """Rounds in a pool that does not hold them, with requests that end early, in every way, in between.
 
@@ -285,7 +297,7 @@ def start(engine: Engine, spec: dict) -> dict:
     return {'tokens': {'start': [answer['tokens'] for answer in engine.ask(spec['prompts'], spec['new_tokens'])]}}
 
 
-SCENARIOS = (answers, pressure, score, memory, long_context, read, update, start)
+SCENARIOS = (answers, one_of_many, pressure, score, memory, long_context, read, update, start)
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ A random model that finds single keys among all of them (random_models.py). Per 
 last 256 positions: of the long prompt, and of a short one. Chunks after the first read the quantized cache; the short
 prompt reads it too (LMDEPLOY_KVQ_PREFILL=cache). Limits: length adds no error (at most twice the short prompt's KL, and
 four times the floor, a second bf16 engine); greedy tokens decoded after the long prompt are as likely in one prefill as
-bf16's, or those after the short prompt (twice the gap). The control, a prompt whose first half is another one, shows that the far half counts.
-Writes long.json; exit code 1 if a limit is missed. One GPU, about a minute.
+those of bf16, or those after the short prompt (twice the gap). The control, a prompt whose first half is another one,
+shows that the far half counts. Writes long.json; exit code 1 if a limit is missed. One GPU, about a minute.
 """
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
 sys.path.insert(0, str(SCRIPTS))
 
+import dp_check  # noqa: E402
 import features_check as features  # noqa: E402
 import long_check  # noqa: E402
 import memory_check  # noqa: E402
@@ -185,3 +186,31 @@ def test_what_cannot_be_checked_is_refused(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit, match='2'):
         parallel.main()
     assert '--kv-heads' in capsys.readouterr().err or '--checks' in arguments
+
+
+@pytest.mark.covers('parallel.dp')
+def test_lmdeploy_takes_the_arguments_of_every_data_parallel_rank(tmp_path):
+    """Attention whole on each GPU, MLPs split over both; and nothing of the cache is refused."""
+    from lmdeploy import PytorchEngineConfig
+    from lmdeploy.pytorch.config import DistConfig
+    from lmdeploy.pytorch.engine.cache_engine import schema
+    from lmdeploy.pytorch.engine.config_builder import ConfigBuilder
+    from test_cache_descs import cache_config, model_config
+
+    from lmdeploy_kvq import FORMATS
+    for fmt in FORMATS:
+        spec = dp_check.rank_spec(fmt.name, 1, tmp_path, [[1], [2], [3]], ['a', 'b'])
+        config = ConfigBuilder.update_engine_config(PytorchEngineConfig(quant_policy=fmt.name, **spec['engine']))
+        dist = DistConfig.from_engine_config(config)
+        assert (dist.dp, dist.dp_rank, dist.attn_tp, dist.mlp_tp, dist.world_size) == (2, 1, 1, 2, 2)
+        model = model_config(3, 64)
+        model.dist_config = dist
+        desc = schema.build_k_cache_desc(model, cache_config(fmt.policy), dist.attn_tp)
+        assert desc.shape[0] == 3, 'every rank has all heads'
+    assert spec['rounds'] == [[[2]]] and dp_check.rank_env(1, 7)['CUDA_VISIBLE_DEVICES'] == '1'
+
+
+@pytest.mark.parametrize('change, count', [({}, 0), ({'worst_gap': 0.9}, 1), ({'control': 1.0}, 1)])
+def test_verdicts_of_data_parallelism(change, count):
+    row = {'format': 'fp8', 'plain_gap': 0.3, 'worst_gap': 0.8, 'control': 6.0, **change}
+    assert len(dp_check.verdicts([row])) == count

@@ -1,9 +1,12 @@
 """Several GPUs: scripts/parallel_check.py and dp_check.py through the real engine, their limits decide."""
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from test_features_gpu import program
+from test_features_gpu import SCRIPTS, program
 
 pytestmark = pytest.mark.gpu
 
@@ -31,3 +34,16 @@ def test_four_gpus_with_eight_and_with_two_kv_heads(tmp_path):
     code, data, text = program('parallel', tmp_path, '--tp', '4', '--kv-heads', '8,2', '--ways', 'mp')
     assert code == 0, text
     assert {(row['kv_heads'], row['way']) for row in data['rows']} >= {(8, 'mp'), (2, 'mp')}
+
+
+@pytest.mark.xdist_group('dp')
+@gpus(2)
+@pytest.mark.covers('parallel.dp')
+def test_two_data_parallel_ranks(tmp_path):
+    """Where LMDeploy's own bf16 cache runs with dp=2, ours does."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'dp_check.py', '--out', tmp_path], text=True, capture_output=True,
+                          timeout=500)
+    text = (done.stdout + done.stderr)[-6000:]
+    if done.returncode == 3:
+        pytest.skip(text)
+    assert done.returncode == 0, text
