@@ -185,12 +185,14 @@ async def _stop_in_mid_stream(engine: Engine, prompts: list[list[int]], way: str
     tasks, aborts, counts, started = [], [], [0] * len(prompts[:8]), asyncio.Event()
 
     def watch(number: int, session: Any, count: int) -> None:
-        counts[number] = count
-        if way == 'all' and count > 3:
+        before, counts[number] = counts[number], count
+        if count < 3 + number or before >= 3 + number:  # one time only; several tokens may come at once
+            return
+        if way == 'all':
             started.set()
-        elif way == 'abort' and count == 3 + number:
+        elif way == 'abort':
             aborts.append(asyncio.create_task(session.async_abort()))
-        elif way == 'cancel' and count == 3 + number:
+        else:
             asyncio.get_running_loop().call_soon(tasks[number].cancel)
 
     for number, ids in enumerate(prompts[:8]):
@@ -204,11 +206,15 @@ async def _stop_in_mid_stream(engine: Engine, prompts: list[list[int]], way: str
     return sum(count < long for count in counts)
 
 
+def stranger(ids: list[int], pairs: list[list]) -> list[int]:
+    """An answer to a prompt that begins otherwise."""
+    return next(tokens for other, tokens in reversed(pairs) if other[:64] != ids[:64])
+
+
 def score(engine: Engine, spec: dict) -> dict:
     """Every answer against what this engine finds likeliest; the control gives every prompt another one's answer."""
     pairs = spec['pairs']
-    control = [agreement(engine, ids, pairs[(n + len(pairs) // 2) % len(pairs)][1])['worst']
-               for n, (ids, _) in enumerate(pairs[:4])]
+    control = [agreement(engine, ids, stranger(ids, pairs))['worst'] for ids, _ in pairs[:4]]
     return {'gaps': [agreement(engine, ids, tokens) for ids, tokens in pairs], 'control': min(control)}
 
 

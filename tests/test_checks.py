@@ -11,6 +11,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
 sys.path.insert(0, str(SCRIPTS))
 
 import dp_check  # noqa: E402
+import engine_process  # noqa: E402
 import features_check as features  # noqa: E402
 import long_check  # noqa: E402
 import memory_check  # noqa: E402
@@ -45,6 +46,12 @@ def test_prompts_share_beginnings_and_overflow_the_small_pool():
     left = {tuple(ids[:64 * n]) for ids in prompts for n in range(1, len(ids) // 64 + 1)}  # full blocks, by their path
     assert len(left) > 1.5 * features.SMALL
     assert 64 * features.SMALL < 8 * (490 + 400), 'long requests push each other out'
+
+
+def test_the_control_is_an_answer_to_another_prompt():
+    pairs = [[[family] * 64 + [n], [family, n]] for n in range(4) for family in range(3)] * 2
+    for ids, _ in pairs:
+        assert engine_process.stranger(ids, pairs)[0] != ids[0]
 
 
 def rows_of_features(**changes) -> list[dict]:
