@@ -73,8 +73,9 @@ CASES = {
                        bf16=True),
     'mp engine, chunks': Case('cache', blocks(64, enable_mp_engine=True, max_prefill_token_num=256), bf16=True),
     'qwen3': Case('piecewise', blocks(64), model='qwen3', bf16=True),
-    'qwen3, prefill graphs': Case('piecewise', blocks(64, piecewise_cudagraph_max_tokens=1024,
-                                                      enable_prefix_caching=True), model='qwen3', bf16=True),
+    # steps of at most 1,024 tokens, so that each finds its graph
+    'qwen3, prefill graphs': Case('piecewise', blocks(64, enable_prefix_caching=True, max_prefill_token_num=1024,
+                                                      piecewise_cudagraph_max_tokens=1024), model='qwen3', bf16=True),
 }
 
 
