@@ -109,7 +109,8 @@ def run(formats: list[str], groups: list[str], jobs: int, work: Path) -> list[di
     def ask(key: tuple[str, str]) -> dict:
         case = chosen[key[0]]
         texts = rounds if case.model == 'smollm2' else sharp
-        texts = texts if case.scenario == 'pressure' else texts[:2] if 'prefill graphs' in key[0] else texts[:1]
+        if case.scenario != 'pressure':  # scoring takes the vocabulary's logits of every position
+            texts = texts[:2] if case.model == 'qwen3' else [texts[0][:12]]
         spec = {'model': str(folders[case.model]), 'quant_policy': key[1], 'engine': {**PLAIN, **case.engine},
                 'scenario': case.scenario, 'rounds': texts, 'new_tokens': NEW_TOKENS}
         return probe(spec, ENV, 240, PROGRAM)

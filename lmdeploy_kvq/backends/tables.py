@@ -42,7 +42,9 @@ def make_runner(original: Callable[..., None], runner: Any, model: Any, model_co
     """
     original(runner, model, model_config, cache_config, backend_config, device)
     if find_format(cache_config.quant_policy) is not None:
-        runner.num_blocks = columns(cache_config, runner.get_capture_batch_sizes(), model_config.dist_config.dp == 1)
+        dist_config = model_config.dist_config
+        runner.num_blocks = columns(cache_config, runner.get_capture_batch_sizes(),
+                                    bounded=dist_config is None or dist_config.dp == 1)
 
 
 def fits(runner: Any, model_inputs: dict[str, Any]) -> bool:
