@@ -228,6 +228,25 @@ def memory(engine: Engine, spec: dict) -> dict:
             'table_bytes': sum(graph.meta.input_buffers['block_offsets'].nbytes for graph in graphs)}
 
 
+def many(engine: Engine, spec: dict) -> dict:
+    """``requests`` of random lengths, in batches of all lengths; what PyTorch holds of the GPU after every tenth.
+
+    Returns:
+        allocated, reserved: bytes, PyTorch's; the first is from after a tenth. free: blocks at first and at last.
+    """
+    import random
+
+    import torch
+    draw, found, free = random.Random(0), [], [engine.free_blocks()]
+    for part in range(10):
+        for _ in range(spec['requests'] // 10 // spec['batch']):
+            lengths = [draw.randrange(1, spec['longest']) for _ in range(spec['batch'])]
+            engine.ask([[draw.randrange(3, 2000) for _ in range(length)] for length in lengths], spec['new_tokens'])
+        torch.cuda.synchronize()
+        found.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    return {'allocated': [x for x, _ in found], 'reserved': [x for _, x in found], 'free': [*free, engine.free_blocks()]}
+
+
 def long_context(engine: Engine, spec: dict) -> dict:
     """Greedy tokens after the first prompt and the last, then log-probabilities of the last positions into ``out``."""
     import torch
@@ -306,7 +325,7 @@ def start(engine: Engine, spec: dict) -> dict:
     return {'tokens': {'start': one_by_one(engine, spec)}}
 
 
-SCENARIOS = (answers, one_of_many, pressure, score, memory, long_context, read, update, start)
+SCENARIOS = (answers, one_of_many, pressure, score, memory, many, long_context, read, update, start)
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:

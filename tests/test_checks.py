@@ -13,6 +13,7 @@ sys.path.insert(0, str(SCRIPTS))
 import dp_check  # noqa: E402
 import engine_process  # noqa: E402
 import features_check as features  # noqa: E402
+import growth_check  # noqa: E402
 import long_check  # noqa: E402
 import memory_check  # noqa: E402
 import parallel_check as parallel  # noqa: E402
@@ -128,6 +129,17 @@ def test_verdicts_of_memory(change, said):
     if 'num_gpu_blocks' in change:
         row['pool_bytes'] = change['num_gpu_blocks'] * size
     failed = memory_check.verdicts([row])
+    assert not failed if said is None else len(failed) == 1 and said in failed[0]
+
+
+@pytest.mark.parametrize('change, said', [
+    ({}, None), ({'allocated': [100, 9_000_000]}, 'allocated'), ({'reserved': [0, 1 << 30]}, 'reserved'),
+    ({'free': [900, 899]}, 'lost_blocks'),
+])
+def test_verdicts_of_growth(change, said):
+    steady = {'allocated': [100, 5000, 100], 'reserved': [1 << 30] * 3, 'free': [900, 900], 'seconds': 1.0}
+    rows = [growth_check.row('none', steady), growth_check.row('fp8', {**steady, **change})]
+    failed = growth_check.verdicts(rows)
     assert not failed if said is None else len(failed) == 1 and said in failed[0]
 
 

@@ -118,3 +118,10 @@ def test_blocks_take_the_bytes_there_are(tmp_path):
 def test_live_updates_and_both_levels_of_sleep(tmp_path):
     code, data, text = program('update', tmp_path, '--model', MODEL)
     assert code == 0 and len(data['rows']) == 8, text
+
+
+@pytest.mark.xdist_group('growth')
+@pytest.mark.covers('memory.growth')
+def test_ten_thousand_requests_leave_nothing_behind(tmp_path):
+    code, data, text = program('growth', tmp_path)
+    assert code == 0 and data['requests'] >= 10_000, text
