@@ -238,13 +238,14 @@ def many(engine: Engine, spec: dict) -> dict:
 
     import torch
     draw, found, free = random.Random(0), [], [engine.free_blocks()]
-    for part in range(10):
-        for _ in range(spec['requests'] // 10 // spec['batch']):
+    for _tenth in range(10):
+        for _batch in range(spec['requests'] // 10 // spec['batch']):
             lengths = [draw.randrange(1, spec['longest']) for _ in range(spec['batch'])]
             engine.ask([[draw.randrange(3, 2000) for _ in range(length)] for length in lengths], spec['new_tokens'])
         torch.cuda.synchronize()
         found.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    return {'allocated': [x for x, _ in found], 'reserved': [x for _, x in found], 'free': [*free, engine.free_blocks()]}
+    allocated, reserved = zip(*found)
+    return {'allocated': allocated, 'reserved': reserved, 'free': [*free, engine.free_blocks()]}
 
 
 def long_context(engine: Engine, spec: dict) -> dict:
