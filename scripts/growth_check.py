@@ -3,10 +3,10 @@
 
   scripts/growth_check.py [--requests 10000] [--formats NAME,...] [--out FOLDER]
 
-Requests of 1 to 512 tokens at random, 64 at once, of a small random model. Tensors that PyTorch has allocated may not
-grow by more than a megabyte, the memory it keeps for them not by more than 64 MiB above what it grows by with LMDeploy's
-bf16 cache (new shapes find other holes), and every block comes back. Writes growth.json; exit code 1 otherwise. One
-GPU, about a minute and a half.
+Requests of 1 to 512 tokens at random, 64 at once, of a small random model. What PyTorch has allocated may not grow by
+more than a megabyte, what it keeps in reserve not by more than 64 MiB above what it grows by with LMDeploy's bf16 cache
+(new shapes find other holes), and every block comes back. Writes growth.json; exit code 1 otherwise. One GPU, about a
+minute and a half.
 """
 from __future__ import annotations
 
