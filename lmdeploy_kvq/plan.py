@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .capacity import CacheShape, block_bytes, bytes_per_token, gain
+from .capacity import TABLE_BYTES, CacheShape, block_bytes, bytes_per_token, gain
 from .console import UserError, table, wrapped
 from .formats import FORMATS, KVFormat
 
@@ -215,9 +216,10 @@ def plan(model: Model, settings: Settings, context: int, concurrency: int | None
         # A request's last block is rarely full; one table row per request of every captured batch size.
         requests = min(blocks // -(-context // settings.block_size), settings.max_batch_size)
         batches = [1 << i for i in range(settings.max_batch_size.bit_length())]
+        tables = min(sum(batches) * blocks * 4, sys.maxsize if fmt is None else TABLE_BYTES)
         row = {'format': 'bf16' if fmt is None else fmt.name, 'policy': 0 if fmt is None else fmt.policy,
                'bytes_per_token': size, 'num_gpu_blocks': blocks, 'tokens': room, 'requests': requests,
-               'gain': 1.0 if fmt is None else gain(fmt, shape), 'table_bytes': sum(batches) * blocks * 4}
+               'gain': 1.0 if fmt is None else gain(fmt, shape), 'table_bytes': tables}
         if bandwidth:
             moved = model.weight_bytes / settings.tp + min(requests, concurrency or requests) * context * size
             row['step_ms'] = moved / bandwidth * 1e3

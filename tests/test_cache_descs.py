@@ -257,3 +257,20 @@ def test_sparse_mla_stays_lmdeploys():
         else:
             with pytest.raises(ValueError, match='Sparse MLA does not support'):
                 executor._finalize_sparse_mla_cache_policy([config], cache)
+
+
+@pytest.mark.covers('parallel.replicated')
+@FORMATS
+def test_fewer_kv_heads_than_gpus_are_replicated(fmt):
+    """LMDeploy's own configuration of a model with two KV heads on four GPUs: a page has one head, a scale file two."""
+    from lmdeploy.pytorch.config import DistConfig
+    from transformers import LlamaConfig
+
+    from lmdeploy_kvq.backends.loading import kv_heads
+    hf_config = LlamaConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+                            num_hidden_layers=2, architectures=['LlamaForCausalLM'])
+    config = ModelConfig.from_hf_config(hf_config, dist_config=DistConfig(tp=4), device_type='ascend')
+    cache = cache_config(fmt.policy)
+    assert (config.num_key_value_heads, kv_heads(config)) == (4, 2)
+    assert schema.build_k_cache_desc(config, cache, 4).shape[0] == 1
+    backend.check_model(fmt, config, cache)

@@ -437,10 +437,11 @@ def test_an_engine_finds_its_scales(tmp_path, monkeypatch, pretended, caplog, gr
     addresses = [x.data_ptr() for x in buffers]
     from lmdeploy.pytorch.backends.cuda.graph_runner.runner import CUDAGraphRunner
     graphs = CUDAGraphRunner.__new__(CUDAGraphRunner)
-    graphs.model, graphs.enable_graph = served.model, lambda **inputs: True
+    graphs.model, graphs.enable_graph, graphs.num_blocks = served.model, lambda **inputs: True, 8
+    step = {'attn_metadata': SimpleNamespace(quant_policy=fmt.policy, block_offsets=torch.zeros(1, 8))}
     context, replayed = SimpleNamespace(global_is_decoding=lambda: True), []
     served.layers['model.layers.0.self_attn.attn_fwd'].register_forward_pre_hook(
-        lambda *args: replayed.append(graphs._should_use_full_graph(context, {})))
+        lambda *args: replayed.append(graphs._should_use_full_graph(context, step)))
 
     served.forward([1, 2], dummy=True)  # warm-up captures graphs, and is no data
     assert frobenius(served.forward(ids[:3]), exact[:3]) < 5e-3

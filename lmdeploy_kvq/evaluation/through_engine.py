@@ -25,6 +25,7 @@ from ..console import UserError, first_line
 from .material import Contender, Found, Material, Run
 
 BATCH, BLOCK = 8, 64
+PROGRAM = ('-m', 'lmdeploy_kvq.backends.probe')
 LIMIT = 1800
 """Seconds after which an engine is given up."""
 
@@ -42,12 +43,12 @@ class EngineError(RuntimeError):
 
 
 def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: float = LIMIT,
-          program: Sequence[str] = ('-m', 'lmdeploy_kvq.backends.probe')) -> dict[str, Any]:
-    """Run :mod:`lmdeploy_kvq.backends.probe`, or another program with its manners, in a fresh process.
+          program: Sequence[str] = PROGRAM) -> dict[str, Any]:
+    """Run :mod:`lmdeploy_kvq.backends.probe`, or another program of its kind, in a fresh process.
 
     Args:
         spec: what it is to do. env: further environment variables. limit: seconds.
-        program: Python's arguments; the files of the specification and of the answer follow.
+        program: arguments of Python; two are added, the files of specification and answer.
 
     Returns:
         Its answer.
