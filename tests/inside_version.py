@@ -229,14 +229,31 @@ def graphs_wait_for_scales():
     runner.model, runner.backend_config = torch.nn.Identity(), SimpleNamespace(eager_mode=False)
     asked = []
     runner.model.support_cuda_graph = lambda **inputs: not asked.append(inputs)
+    runner.num_blocks, runner.cache_config = 2, SimpleNamespace(kernel_block_size=64)
+    fits, wide = ({'attn_metadata': SimpleNamespace(quant_policy=STATIC.policy, block_offsets=torch.zeros(1, blocks))}
+                  for blocks in (2, 3))
     enabled = runner.check_enable_graph()
-    assert enabled(input_ids=1) is True and asked == [{'input_ids': 1}]
+    assert enabled(**fits) is True and asked == [fits]
+    assert enabled(**wide) is False  # a table that the graphs have no room for
     model_scales(runner.model).calibration = SimpleNamespace(active=True)
-    assert enabled(input_ids=2) is False
+    assert enabled(**fits) is False
     model_scales(runner.model).calibration = SimpleNamespace(active=False)  # while it warms up
-    assert enabled(input_ids=3) is True and asked[-1] == {'input_ids': 3}
+    assert enabled(**fits) is True and asked[-1] == fits
     runner.backend_config.eager_mode = True
-    assert runner.check_enable_graph()(input_ids=4) is False
+    assert runner.check_enable_graph()(**fits) is False
+
+
+def tables_of_graphs_are_bounded():
+    from lmdeploy.pytorch.backends.cuda import graph_runner
+
+    from lmdeploy_kvq.capacity import TABLE_BYTES
+    config = cache_config(STATIC.policy, num_gpu_blocks=10**7)
+    model, backend = model_config(), SimpleNamespace(eager_mode=True)
+    for policy, bounded in ((STATIC.policy, True), (0, False)):
+        config.quant_policy = policy
+        runner = graph_runner.CUDAGraphRunner(torch.nn.Identity(), model, config, backend, None)
+        sizes = runner.get_capture_batch_sizes()
+        assert (runner.num_blocks * sum(sizes) * 4 <= TABLE_BYTES) is bounded
 
 
 def shared_heads_are_counted():

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import by_name, covering
-from layers import engine_problem, metadata, scales
+from layers import engine_problem, metadata
 from lmdeploy.pytorch.backends.cuda.graph_runner import piecewise
 from test_prefill import calls, fa3_layer, run, triton_layer  # noqa: F401  calls is a fixture
 
@@ -43,7 +43,7 @@ def installed(monkeypatch):
 @pytest.mark.parametrize('q_lens', [[18, 2], [5, 2]], ids=['no history', 'history'])
 @FORMATS
 def test_a_boundary_runs_our_prefill_on_the_tokens_there_are(fmt, q_lens, make, device, calls):  # noqa: F811
-    """Rows behind the last token, NaN here, are neither written to a page nor attended to; LMDeploy takes the output."""
+    """Rows behind the last token, NaN here, are neither written nor attended to; LMDeploy takes the output."""
     plain, *rows = engine_problem(fmt, [18, 2], q_lens, device)
     expected = run(make(), plain, *rows, metadata(plain, q_lens, False))
     p, query, key, value = engine_problem(fmt, [18, 2], q_lens, device)
