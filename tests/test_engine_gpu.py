@@ -75,6 +75,7 @@ def test_timed_engine(policy):
     assert all(tokens >= 512 for tokens in done['cached_tokens']) and max(done['ttft_s']) < done['seconds']
 
 
+@pytest.mark.covers('version.0_18')
 @pytest.mark.xdist_group('one')
 def test_stock_server_answers():
     """``lmdeploy serve api_server MODEL --quant-policy fp8_per_token_head`` serves a chat request on our pages."""
