@@ -5,8 +5,9 @@ JOBS ?= 2
 ENGINES ?= 5
 ARGS ?=
 bin = $(VENV)/bin
+gpu_tests = $(shell grep -l 'mark.gpu' tests/test_*.py)
 
-.PHONY: env lint test test-gpu demo bench plots docs clean
+.PHONY: env lint test test-gpu test-gpu-alone demo bench plots docs clean
 
 test: lint  ## everything that runs without a GPU, in an environment of its own
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile $(ARGS)
@@ -22,7 +23,10 @@ env:
 test-gpu:  ## the GPU half, with the Python that has torch, LMDeploy and this package
 	$(PYTHON) -m pytest -n $(JOBS) tests/test_fill.py tests/test_flatten.py tests/test_decode.py tests/test_merge.py \
 		tests/test_prefill.py tests/test_saturation.py tests/test_loading.py $(ARGS)
-	$(PYTHON) -m pytest -n $(ENGINES) --dist loadgroup tests/test_*_gpu.py $(ARGS)
+	$(PYTHON) -m pytest -n $(ENGINES) --dist loadgroup $(gpu_tests) -m gpu -k 'not alone' $(ARGS)
+
+test-gpu-alone:  ## what needs the GPU to itself: the server under load, memory, compute-sanitizer; twenty minutes
+	$(PYTHON) -m pytest $(gpu_tests) -m gpu -k alone $(ARGS)
 
 demo:  ## a real server where there is a GPU, else the same model and prompt through transformers
 	@if $(PYTHON) -c 'import torch, lmdeploy, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \

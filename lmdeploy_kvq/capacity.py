@@ -14,6 +14,10 @@ ALIGNMENT = 256
 
 BF16_BITS = 16
 
+TABLE_BYTES = 128 * 2**20
+"""Bytes that the block tables of all CUDA graphs of an engine have at most, for formats of this package. With 1,024
+sequences (2,815 rows in all graphs) and blocks of 64 that is room for 760,000 tokens of one sequence."""
+
 
 @dataclass(frozen=True)
 class CacheShape:

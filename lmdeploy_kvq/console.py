@@ -1,7 +1,9 @@
 """What the commands share: errors in the user's words, tables, wrapped lines, progress bars, files to be written."""
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -96,3 +98,35 @@ def writable(path: Path) -> Path:
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f'{path} cannot be written: no permission')
     return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of ``path``, which changes when the block ends without an error, and at once.
+
+    Whoever reads meanwhile, or after the process was killed, finds the old file whole, or none where there was none.
+    A pipe or a device, e.g. ``/dev/stdout``, is written to directly: it holds nothing that could be kept.
+
+    Yields:
+        A file of the same folder and ending; removed if the block raises. A process that is killed leaves it behind.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    target = path.resolve()  # a link stays one
+    unfinished = target.with_name(f'.{target.stem}-{secrets.token_hex(4)}.part{target.suffix}')
+    with unfinished.open('xb') as file:  # writers at the same time have files of their own
+        mode = target.stat().st_mode & 0o777 if target.exists() else os.fstat(file.fileno()).st_mode & 0o777
+    try:
+        yield unfinished
+        unfinished.chmod(mode)
+        with unfinished.open('rb') as file:
+            os.fsync(file.fileno())  # its bytes are on the disk before its name is
+        unfinished.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise

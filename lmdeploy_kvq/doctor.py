@@ -137,14 +137,16 @@ def patch_rows() -> list[dict[str, str]]:
     ``reason``: why a row is still waiting, i.e. why its module cannot be imported here; empty otherwise.
     """
     from .hook import HOOK
+    if not HOOK.decided:
+        HOOK.check()  # which rows are the installed version's
     reasons = {}
-    for module in dict.fromkeys(patch.module for patch in HOOK.patches) if HOOK.installed else ():
+    for module in dict.fromkeys(patch.module for patch in HOOK.rows) if HOOK.installed else ():
         try:
             importlib.import_module(module)
         except Exception as error:  # e.g. a module that needs a GPU, or a package that is not installed
             reasons[module] = reason(error)
     return [{'module': patch.module, 'target': patch.target, 'state': HOOK.state(patch),
-             'reason': reasons.get(patch.module, ''), 'why': patch.why} for patch in HOOK.patches]
+             'reason': reasons.get(patch.module, ''), 'why': patch.why} for patch in HOOK.rows]
 
 
 def hook_problems(here: dict[str, Any], new: dict[str, Any]) -> list[str]:

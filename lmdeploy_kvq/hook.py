@@ -1,5 +1,7 @@
 """THE patch table: every place where this package attaches to LMDeploy, checked before use and reversible.
 
+The table is LMDeploy 0.18's; ``versions`` has what is otherwise in older ones.
+
 All rows are compared with the installed LMDeploy's source (version range, existence, parameter names) before any is
 applied; a mismatch leaves LMDeploy untouched, and only this package's policies are refused. Rows take effect as
 LMDeploy's modules are imported.
@@ -19,8 +21,9 @@ from typing import Any
 
 from .formats import FORMATS, format_names
 from .patching import Finder, Patch, Undo, data, initialized, mismatch, wrap
+from .versions import adapted
 
-SUPPORTED = ((0, 18), (0, 19))
+SUPPORTED = ((0, 16), (0, 19))
 """LMDeploy versions: from the first, up to but not including the second."""
 
 logger = logging.getLogger('lmdeploy')
@@ -77,7 +80,10 @@ PATCHES: tuple[Patch, ...] = (
          'are counted on a few pages'),
     wrap('lmdeploy.pytorch.backends.cuda.graph_runner.runner', 'CUDAGraphRunner._should_use_full_graph',
          'self step_context model_inputs', _late('steps', 'use_full_graph'),
-         'CUDA graphs are captured at start and replayed once scales are found'),
+         'CUDA graphs are captured at start and replayed once scales are found, by steps whose block tables they hold'),
+    wrap('lmdeploy.pytorch.backends.cuda.graph_runner.runner', 'CUDAGraphRunner.__init__',
+         'self model model_config cache_config backend_config device', _late('tables', 'make_runner'),
+         'block tables of CUDA graphs are bounded, and wide enough for kernel blocks'),
     wrap('lmdeploy.pytorch.engine.engine', 'Engine.get_schedule_metrics', 'self',
          _late('saturation', 'schedule_metrics'),
          'the counts go to the server, in another process, with the metrics it asks for'),
@@ -91,6 +97,13 @@ PATCHES: tuple[Patch, ...] = (
     wrap('lmdeploy.pytorch.engine.model_agent.agent', 'BaseModelAgent._build_model', 'self',
          _late('loading', 'build_model'),
          'scales of files and checkpoints reach the attention layers, and are audited'),
+    wrap('lmdeploy.pytorch.spec_decode.spec_agent', 'SpecModelAgent.build_model',
+         'self empty_init target_model build_model_ctx', _late('drafts', 'build_model'),
+         'draft models of speculative decoding get scales of their own'),
+    wrap('lmdeploy.pytorch.config', 'SpecDecodeConfig.from_config',
+         'cls method num_speculative_tokens model target_cache_cfg target_model dtype trust_remote_code model_format '
+         'hf_overrides dist_config', _late('drafts', 'configure'),
+         'more draft tokens than the kernel reads at once are refused when the configuration is made'),
     wrap('lmdeploy.pytorch.engine.model_agent.agent', 'BaseModelAgent.build_cache_engine', 'self',
          _late('transfer', 'build_cache_engine'), 'pages that leave the process carry format, scales and transforms'),
     wrap('lmdeploy.pytorch.engine.cache_engine.engine', 'CacheEngine.p2p_initialize', 'self migration_init_request',
@@ -117,6 +130,7 @@ class Hook:
 
     def __init__(self, patches: tuple[Patch, ...] = PATCHES):
         self.patches = patches
+        self.rows = patches  # for the installed LMDeploy, known once checked
         self.problems: list[str] = []
         self.decided = False  # install() or uninstall() has been called
         self._undo: dict[str, Undo] = {}
@@ -137,8 +151,9 @@ class Hook:
         if not SUPPORTED[0] <= number < SUPPORTED[1]:
             return [f'lmdeploy_kvq supports LMDeploy >= {_dotted(SUPPORTED[0])}, < {_dotted(SUPPORTED[1])}; '
                     f'found {version}']
+        self.rows = adapted(self.patches, number)
         root = _package_folder()
-        found = (mismatch(patch, _source(root, patch.module)) for patch in self.patches)
+        found = (mismatch(patch, _source(root, patch.module)) for patch in self.rows)
         return [f'LMDeploy {version}: {problem}' for problem in found if problem]
 
     def install(self, strict: bool = True) -> None:
@@ -156,7 +171,7 @@ class Hook:
         self.problems = self.check()
         if self.problems and strict:
             raise RuntimeError('; '.join(self.problems))
-        names = {'lmdeploy.messages'} if self.problems else {patch.module for patch in self.patches}
+        names = {'lmdeploy.messages'} if self.problems else {patch.module for patch in self.rows}
         self._finder = Finder('lmdeploy', names, self._apply, self._apply_initialized)
         sys.meta_path.insert(0, self._finder)
         self._apply_initialized()
@@ -186,7 +201,7 @@ class Hook:
         if self.problems:
             self._refuse(module)
             return
-        for patch in self.patches:
+        for patch in self.rows:
             if patch.module == module.__name__ and patch.name not in self._undo:
                 self._undo[patch.name] = patch.apply(module)
 

@@ -24,12 +24,14 @@ class Patch:
         parameters: names the function's parameters must have, or None where the target is no function.
         apply: makes the change in the imported module and returns what undoes it.
         why: what the change is for, in the words of a user.
+        wrapper: what a function is replaced by, see :func:`wrap`; None where the target is no function.
     """
     module: str
     target: str
     parameters: tuple[str, ...] | None
     apply: Callable[[ModuleType], Undo]
     why: str
+    wrapper: Callable[..., Any] | None = None
 
     @property
     def name(self) -> str:
@@ -54,7 +56,7 @@ def wrap(module: str, target: str, parameters: str, wrapper: Callable[..., Any],
         setattr(owner, leaf, kind(patched) if kind else patched)
         return lambda: setattr(owner, leaf, raw)
 
-    return Patch(module, target, tuple(parameters.replace(',', ' ').split()), apply, why)
+    return Patch(module, target, tuple(parameters.replace(',', ' ').split()), apply, why, wrapper)
 
 
 def data(module: str, target: str, apply: Callable[[Any], Undo], why: str) -> Patch:

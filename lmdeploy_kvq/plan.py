@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .capacity import CacheShape, block_bytes, bytes_per_token, gain
+from .capacity import TABLE_BYTES, CacheShape, block_bytes, bytes_per_token, gain
 from .console import UserError, table, wrapped
 from .formats import FORMATS, KVFormat
 
@@ -114,7 +115,10 @@ def read_model(path: Path) -> Model:
         name = (whole.get('architectures') or [whole.get('model_type', 'unknown')])[0]
         heads, layers = config['num_attention_heads'], config['num_hidden_layers']
         head_dim = config.get('head_dim') or config['hidden_size'] // heads
-        kinds = config.get('layer_types') or ['full_attention'] * layers
+        # published Qwen3-Next has the interval alone; LMDeploy counts by it
+        every = config.get('full_attention_interval') or 1
+        kinds = config.get('layer_types') or ['linear_attention' if (i + 1) % every else 'full_attention'
+                                              for i in range(layers)]
         if config.get('kv_lora_rank'):
             raise UserError(f'{name} keeps a latent (MLA) KV cache, which the formats of this package cannot store')
         weights = _weight_files(file.parent)
@@ -128,7 +132,20 @@ def read_model(path: Path) -> Model:
 
 
 def _weight_files(folder: Path) -> int:
-    """Bytes of a folder's weights, 0 where there are none."""
+    """Bytes of a folder's weights, 0 where there are none.
+
+    Raises:
+        UserError: some of the files that the index names are there and some are not.
+    """
+    try:
+        index = json.loads((folder / 'model.safetensors.index.json').read_text(encoding='utf-8'))
+        named = {str(name) for name in index['weight_map'].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        named = set()  # most models have none; a damaged one is for whoever loads the weights
+    missing = sorted(name for name in named if not (folder / name).is_file())
+    if missing and len(missing) < len(named):
+        raise UserError(f'{folder} lacks {len(missing)} of the {len(named)} files of its weights, the first is '
+                        f'{missing[0]}; download it again, or plan from config.json alone')
     return max(sum(file.stat().st_size for file in folder.glob(pattern)) for pattern in ('*.safetensors', '*.bin'))
 
 
@@ -199,9 +216,10 @@ def plan(model: Model, settings: Settings, context: int, concurrency: int | None
         # A request's last block is rarely full; one table row per request of every captured batch size.
         requests = min(blocks // -(-context // settings.block_size), settings.max_batch_size)
         batches = [1 << i for i in range(settings.max_batch_size.bit_length())]
+        tables = min(sum(batches) * blocks * 4, sys.maxsize if fmt is None else TABLE_BYTES)
         row = {'format': 'bf16' if fmt is None else fmt.name, 'policy': 0 if fmt is None else fmt.policy,
                'bytes_per_token': size, 'num_gpu_blocks': blocks, 'tokens': room, 'requests': requests,
-               'gain': 1.0 if fmt is None else gain(fmt, shape), 'table_bytes': sum(batches) * blocks * 4}
+               'gain': 1.0 if fmt is None else gain(fmt, shape), 'table_bytes': tables}
         if bandwidth:
             moved = model.weight_bytes / settings.tp + min(requests, concurrency or requests) * context * size
             row['step_ms'] = moved / bandwidth * 1e3

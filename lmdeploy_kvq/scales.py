@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .console import reason, replacing
 from .formats import FORMATS, KVFormat
 from .transforms import TransformError, digest_of, from_matrix
 
@@ -171,7 +172,7 @@ def read_file(path: str | Path) -> ScaleFile:
     except ScaleError:
         raise
     except Exception as error:  # safetensors and json have their own; what the user needs is the file's name
-        raise ScaleError(f'scale file {path} cannot be read: {error}') from error
+        raise ScaleError(f'scale file {path} cannot be read: {reason(error)}') from error
 
 
 def _read_safetensors(path: Path) -> ScaleFile:
@@ -194,7 +195,12 @@ def _read_safetensors(path: Path) -> ScaleFile:
             else:
                 found: dict[str, Any] = {match[2][0]: tensor}
                 layers[layer] = replace(layers.get(layer, empty), **found)
-        return ScaleFile(layers, metadata, str(path), transforms)
+    whole = ScaleFile(layers, metadata, str(path), transforms)
+    written, here = metadata.get('scale_digest'), digest_of_scales({n: (x.k, x.v) for n, x in layers.items()})
+    if written and written != here:
+        raise ScaleError(f'scale file {path}: the scales are not those that calibration wrote (digest {here}, written '
+                         f'{written}); the file is damaged, or was changed')
+    return whole
 
 
 def _read_json(path: Path) -> ScaleFile:
@@ -202,12 +208,17 @@ def _read_json(path: Path) -> ScaleFile:
 
     Several tensor-parallel ranks give one value per rank, i.e. per group of KV heads.
     """
-    ranks = json.loads(path.read_text(encoding='utf-8'))['kv_cache']['scaling_factor']
-    tables = [ranks[str(rank)] for rank in range(len(ranks))]
+    content = json.loads(path.read_text(encoding='utf-8'))
     layers = {}
-    for layer in tables[0]:
-        values = torch.tensor([float(table[layer]) for table in tables], dtype=torch.float32)
-        layers[int(layer)] = LayerScales(kv=values[0] if len(values) == 1 else values, source='file')
+    try:
+        ranks = content['kv_cache']['scaling_factor']
+        tables = [ranks[str(rank)] for rank in range(len(ranks))]
+        for layer in tables[0]:
+            values = torch.tensor([float(table[layer]) for table in tables], dtype=torch.float32)
+            layers[int(layer)] = LayerScales(kv=values[0] if len(values) == 1 else values, source='file')
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ScaleError(f'scale file {path} holds no scales: {{"kv_cache": {{"scaling_factor": {{RANK: {{LAYER: '
+                         f'scale}}}}}}}} is needed ({reason(error)})') from error
     return ScaleFile(layers, {'format': 'vllm-json'}, str(path))
 
 
@@ -248,10 +259,20 @@ def write_file(path: str | Path, layers: Mapping[int, tuple[torch.Tensor, torch.
             check_value(f'layer {layer}', what, scale)
         for what, tensor in {**statistics.get(layer, {}), **named}.items():
             tensors[f'model.layers.{layer}.self_attn.{what}'] = tensor.detach().float().cpu().contiguous().clone()
-    path = Path(path)
-    unfinished = path.with_name(path.name + '.part')
-    save_file(tensors, str(unfinished), metadata=dict(metadata))
-    unfinished.replace(path)
+    about = {**metadata, 'scale_digest': digest_of_scales(layers)} if layers else dict(metadata)
+    with replacing(Path(path)) as unfinished:
+        save_file(tensors, str(unfinished), metadata=about)
+
+
+def digest_of_scales(layers: Mapping[int, tuple[torch.Tensor | None, torch.Tensor | None]]) -> str:
+    """Short hash of layer indices, and of K and V scales with their shapes: a damaged file looks like any other."""
+    digest = hashlib.sha256()
+    for layer, pair in sorted(layers.items()):
+        for scale in pair:
+            digest.update(f'{layer} {None if scale is None else tuple(scale.shape)} '.encode())
+            if scale is not None:
+                digest.update(scale.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def provenance(folder: str | Path, fmt: KVFormat, tokens: int, **about: str) -> dict[str, str]:

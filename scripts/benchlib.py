@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy_kvq.console import replacing
 from lmdeploy_kvq.environment import version
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +103,9 @@ def write_results(name: str, rows: Sequence[dict], folder: Path | None = None, *
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{name}.json'
-    path.write_text(json.dumps({'environment': environment(), **extra, 'rows': list(rows)}, indent=1) + '\n')
+    text = json.dumps({'environment': environment(), **extra, 'rows': list(rows)}, indent=1) + '\n'
+    with replacing(path) as unfinished:
+        unfinished.write_text(text)
     return path
 
 

@@ -31,7 +31,7 @@ def verdict(row: Row, tests: Sequence[Mapping[str, str]]) -> str:
         return '**fails**'
     passed = [test for test in tests if test['outcome'] == 'passed']
     if not passed:
-        return 'not run yet'
+        return 'no result yet'
     if row.refused:
         return f'refused: {row.refused}'
     if row.needs_gpu and not any(test['gpu'] for test in passed):

@@ -4,6 +4,9 @@
 #   verify  kernel tests, engine matrix, accuracy, scales, side by side: about twelve minutes
 #   bench   decode and fill, timed alone: about four minutes
 #   engine  an 8B model end to end, and prefill: about eight minutes
+#   faults  killed engines, hostile requests, model folders side by side, then memory: about five minutes
+#   soak    three servers under load, side by side: about nine minutes
+#   sanitize  every kernel under compute-sanitizer: up to ten minutes
 set -u
 out=$1; shift; mkdir -p "$out"
 start=$SECONDS
@@ -35,6 +38,11 @@ for part in "$@"; do
     run 500 engine python3 scripts/bench_engine.py --out "$out" \
       --policies none,fp8_per_token_head,int8_per_token_head,int4_per_token_head
     run 240 prefill python3 scripts/bench_prefill.py --out "$out" ;;
+  faults)
+    run 300 faults python3 -m pytest -q -n 4 --dist loadgroup -p no:cacheprovider tests/test_faults_gpu.py -k 'not alone'
+    run 280 memory python3 -m pytest -q -p no:cacheprovider tests/test_faults_gpu.py -k alone_memory_runs_out ;;
+  soak) run 590 soak python3 scripts/soak.py --minutes 5.5 --parallel --out "$out" ;;
+  sanitize) run 590 sanitize python3 scripts/sanitize.py --log "$out" --out "$out" ;;
   *) echo "unknown part: $part" >&2; exit 2 ;;
   esac
 done

@@ -101,6 +101,20 @@ class Server:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
+    @property
+    def pid(self) -> int:
+        """Process id of the server; its workers are below it."""
+        assert self._process is not None
+        return self._process.pid
+
+    def exit_code(self, timeout: float) -> int | None:
+        """Wait until the server has ended by itself; None if it has not."""
+        assert self._process is not None
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
     def tail(self, lines: int = 30) -> str:
         """The end of the log."""
         return '\n'.join(self.log.read_text(errors='replace').splitlines()[-lines:])

@@ -79,8 +79,8 @@ ROWS = (
     Row('fault.fuzz', 'Any combination of policy, block sizes, head sizes and tp works or is refused before loading',
         needs_gpu=False),
     Row('fault.sanitizer', 'compute-sanitizer memcheck and racecheck on every kernel'),
-    Row('version.0_18', 'LMDeploy 0.18', needs_gpu=False),
-    Row('version.0_17', 'LMDeploy 0.17', needs_gpu=False),
-    Row('version.0_16', 'LMDeploy 0.16', needs_gpu=False),
+    Row('version.0_18', 'LMDeploy 0.18'),
+    Row('version.0_17', 'LMDeploy 0.17, its own wheel; not prefill and decode separated'),
+    Row('version.0_16', 'LMDeploy 0.16, its own wheel; not prefill and decode separated'),
 )
 BY_ID = {row.id: row for row in ROWS}

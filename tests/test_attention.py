@@ -53,6 +53,23 @@ def test_decoding_with_sinks_and_alibi(fmt, device):
     assert finite(out) and frobenius(out, oracle) <= 1e-3
 
 
+@pytest.mark.covers('feature.dllm')
+@pytest.mark.parametrize('length', [4, 24])
+@FORMATS
+def test_decoding_of_block_diffusion(fmt, length, device):
+    """The tokens of a block see all of it, also where there are more than the kernel takes as one group."""
+    lens = [length, length + 20]
+    p, query, key, value = engine_problem(fmt, lens, [length] * 2, device)
+    out = layer(block_sparse_size=length).forward(query, key, value, p.cache.k_codes, p.cache.v_codes,
+                                                  metadata(p, [length] * 2, True), **scales(p))
+    assert out.shape == (2 * length, HEADS, V_DIM) and finite(out)
+    table, kv_lens = (x.repeat_interleave(length, 0) for x in (p.block_table, p.kv_lens))  # a sequence per token
+    oracle = reference.paged_attention(query, p.cache, table, kv_lens, dtype=torch.float64)
+    assert frobenius(out, oracle) <= 1e-3
+    causal = reference.paged_attention(query, p.cache, p.block_table, p.kv_lens, query_len=length, dtype=torch.float64)
+    assert frobenius(out, causal) > 0.1
+
+
 @FORMATS
 def test_decoding_of_tokens_written_before(fmt, device):
     """Layers that share another layer's cache pass no key and value: nothing is written."""

@@ -194,8 +194,9 @@ REFUSED = {
     'MiniCPM3': (model_config(40, 96, 64, heads=40, architecture='MiniCPM3ForCausalLM'), ['MiniCPM3ForCausalLM']),
     'DeepSeek V4': (model_config(1, 128, architecture='DeepseekV4ForCausalLM'), ['DeepseekV4ForCausalLM']),
     'own cache': (model_config(use_standard_kv_cache=False), ['LlamaForCausalLM']),
-    'block diffusion': (model_config(model_paradigm='dllm', architecture='SDARForCausalLM'),
-                        ['SDARForCausalLM', 'diffusion']),
+    'block diffusion with a window': (
+        model_config(model_paradigm='dllm', architecture='SDARForCausalLM', sliding_window=64),
+        ['SDARForCausalLM', 'diffusion', 'window']),
     'head_dim 20': (model_config(4, 20), ['head_dim 20', 'multiples of 8']),
     'v_head_dim 12': (model_config(4, 64, 12), ['v_head_dim 12', 'multiples of 8']),
     'head_dim 512': (model_config(4, 512), ['head_dim 512', '256']),
@@ -226,8 +227,9 @@ def test_batches_beyond_the_kernels_are_refused(fmt):
 @pytest.mark.parametrize('config', [
     model_config(3, 64, heads=9), model_config(8, 128, heads=32), model_config(1, 256, heads=4),
     model_config(8, 80, heads=8), model_config(2, 192, 128, heads=16), model_config(1, 64, heads=64),
-    model_config(4, 96, heads=28),
-], ids=['SmolLM2', 'Llama 3', 'Gemma 3', 'head_dim 80', 'K and V differ', 'group 64', 'group 7'])
+    model_config(4, 96, heads=28), model_config(model_paradigm='dllm', architecture='SDARForCausalLM'),
+], ids=['SmolLM2', 'Llama 3', 'Gemma 3', 'head_dim 80', 'K and V differ', 'group 64', 'group 7',
+        'block diffusion'])
 @FORMATS
 def test_models_that_can_be_served_pass(fmt, config):
     cache = cache_config(fmt.policy)
@@ -243,6 +245,7 @@ def test_lmdeploys_own_policies_are_never_refused(policy):
         assert cache.quant_policy == policy
 
 
+@pytest.mark.covers('arch.mla')
 def test_sparse_mla_stays_lmdeploys():
     """DSA models give fp8 a meaning of their own; LMDeploy refuses every other policy for them itself."""
     for fmt in kvq.FORMATS:
@@ -254,3 +257,20 @@ def test_sparse_mla_stays_lmdeploys():
         else:
             with pytest.raises(ValueError, match='Sparse MLA does not support'):
                 executor._finalize_sparse_mla_cache_policy([config], cache)
+
+
+@pytest.mark.covers('parallel.replicated')
+@FORMATS
+def test_fewer_kv_heads_than_gpus_are_replicated(fmt):
+    """LMDeploy's own configuration of a model with two KV heads on four GPUs: a page has one head, a scale file two."""
+    from lmdeploy.pytorch.config import DistConfig
+    from transformers import LlamaConfig
+
+    from lmdeploy_kvq.backends.loading import kv_heads
+    hf_config = LlamaConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+                            num_hidden_layers=2, architectures=['LlamaForCausalLM'])
+    config = ModelConfig.from_hf_config(hf_config, dist_config=DistConfig(tp=4), device_type='ascend')
+    cache = cache_config(fmt.policy)
+    assert (config.num_key_value_heads, kv_heads(config)) == (4, 2)
+    assert schema.build_k_cache_desc(config, cache, 4).shape[0] == 1
+    backend.check_model(fmt, config, cache)

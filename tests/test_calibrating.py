@@ -437,10 +437,11 @@ def test_an_engine_finds_its_scales(tmp_path, monkeypatch, pretended, caplog, gr
     addresses = [x.data_ptr() for x in buffers]
     from lmdeploy.pytorch.backends.cuda.graph_runner.runner import CUDAGraphRunner
     graphs = CUDAGraphRunner.__new__(CUDAGraphRunner)
-    graphs.model, graphs.enable_graph = served.model, lambda **inputs: True
+    graphs.model, graphs.enable_graph, graphs.num_blocks = served.model, lambda **inputs: True, 8
+    step = {'attn_metadata': SimpleNamespace(quant_policy=fmt.policy, block_offsets=torch.zeros(1, 8))}
     context, replayed = SimpleNamespace(global_is_decoding=lambda: True), []
     served.layers['model.layers.0.self_attn.attn_fwd'].register_forward_pre_hook(
-        lambda *args: replayed.append(graphs._should_use_full_graph(context, {})))
+        lambda *args: replayed.append(graphs._should_use_full_graph(context, step)))
 
     served.forward([1, 2], dummy=True)  # warm-up captures graphs, and is no data
     assert frobenius(served.forward(ids[:3]), exact[:3]) < 5e-3
@@ -453,6 +454,7 @@ def test_an_engine_finds_its_scales(tmp_path, monkeypatch, pretended, caplog, gr
     file = read_file(tmp_path / 'kv_scales.safetensors')
     validate(file, range(2), 2)
     assert file.metadata.pop('date').count('-') == 2
+    assert file.metadata.pop('scale_digest')
     assert file.metadata == {'format': fmt.name, 'method': 'absmax', 'granularity': granularity, 'model': tmp_path.name,
                              'fingerprint': fingerprint(tmp_path), 'tokens': '5', 'data': 'served',
                              'engine': 'lmdeploy', 'partial': 'false'}
@@ -561,6 +563,7 @@ def test_what_it_does_not_work_with_is_refused_before_loading(tmp_path, monkeypa
     dp = DistConfig(dp=2, tp=2)
     cases = [({'dist_config': dp}, 'data parallelism'), ({'role': EngineRole.Prefill}, 'disaggregated serving'),
              ({'model_paradigm': 'ar_spec'}, 'speculative decoding'),
+             ({'model_paradigm': 'dllm'}, 'block-diffusion models'),
              ({'enable_prefix_caching': True, 'states_shapes': [((1, ), torch.float16)]},
               'prefix caching of models with recurrent states')]
     for changes, match in cases:

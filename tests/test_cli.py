@@ -169,8 +169,8 @@ def test_extensions_switched_off():
 
 
 @pytest.mark.parametrize('name, version, advice', [
-    ('lmdeploy', '0.17.2', 'pip install "lmdeploy>=0.18,<0.19"'),
-    ('lmdeploy', '0.19.0', 'pip install "lmdeploy>=0.18,<0.19"'),
+    ('lmdeploy', '0.15.2', 'pip install "lmdeploy>=0.16,<0.19"'),
+    ('lmdeploy', '0.19.0', 'pip install "lmdeploy>=0.16,<0.19"'),
     ('triton', '3.1.0', 'pip install "triton>=3.4"'),
 ])
 def test_wrong_versions(tmp_path, name, version, advice):

@@ -32,6 +32,7 @@ def matrix() -> dict[tuple[str, str, int], dict]:
 
 @pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
+@pytest.mark.covers('feature.graphs')
 def test_graphs_give_the_eager_text(matrix, fmt):
     """CUDA graphs at batch 64 repeat the eager tokens; smaller batches differ no more than bf16's do."""
     assert matrix[fmt.name, 'graph', 2]['equal_sequences'] == 1
@@ -42,6 +43,7 @@ def test_graphs_give_the_eager_text(matrix, fmt):
 
 @pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
+@pytest.mark.covers('feature.prefix', 'feature.chunks')
 def test_prefix_cache_and_chunks_read_what_was_written(matrix, fmt):
     """Where prefill reads the cache, history in the prefix cache or in chunks changes nothing."""
     assert matrix[fmt.name, 'cache prefix', 1]['cached_tokens'] > 10_000
@@ -73,6 +75,7 @@ def test_timed_engine(policy):
     assert all(tokens >= 512 for tokens in done['cached_tokens']) and max(done['ttft_s']) < done['seconds']
 
 
+@pytest.mark.covers('version.0_18')
 @pytest.mark.xdist_group('one')
 def test_stock_server_answers():
     """``lmdeploy serve api_server MODEL --quant-policy fp8_per_token_head`` serves a chat request on our pages."""
@@ -84,6 +87,7 @@ def test_stock_server_answers():
 
 @pytest.mark.xdist_group('two')
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.covers('parallel.tp2_ray', 'parallel.tp2_mp')
 def test_two_gpus_give_the_tokens_of_one(tmp_path):
     """tp=2 through Ray and through mp: the greedy tokens of tp=1."""
     subprocess.run([sys.executable, SCRIPTS / 'tp_check.py', '--tokenizer', MODEL, '--out', tmp_path,
@@ -97,6 +101,7 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path):
 
 @pytest.mark.xdist_group('two')
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.covers('parallel.scales')
 def test_two_gpus_apply_the_scales_of_their_heads(tmp_path):
     """Scales per KV head under tp=2: log-probabilities of tp=1; the script also checks that wrong heads would show."""
     subprocess.run([sys.executable, SCRIPTS / 'tp_scales_check.py', '--tokenizer', MODEL, '--out', tmp_path,
@@ -104,6 +109,7 @@ def test_two_gpus_apply_the_scales_of_their_heads(tmp_path):
 
 
 @pytest.mark.xdist_group('one')
+@pytest.mark.covers('feature.sleep')
 def test_a_level_two_sleep_keeps_the_scales():
     """Weights and cache are dropped and come back; scales and greedy tokens are the same."""
     done = subprocess.run([sys.executable, SCRIPTS / 'sleep_check.py', MODEL], text=True, capture_output=True,
@@ -123,6 +129,7 @@ def test_calibrated_scales_serve_keys_beyond_the_range(tmp_path):
 
 
 @pytest.mark.xdist_group('served')
+@pytest.mark.covers('feature.calibrate')
 def test_calibration_while_serving(tmp_path):
     """Through the stock pipeline: exact, then scales in place, a file, and the same after a restart."""
     done = subprocess.run([sys.executable, SCRIPTS / 'served_calibration.py', '--model', MODEL, '--out', tmp_path],
@@ -131,6 +138,7 @@ def test_calibration_while_serving(tmp_path):
 
 
 @pytest.mark.xdist_group('metrics')
+@pytest.mark.covers('feature.metrics')
 def test_the_metrics_endpoint_shows_saturation():
     """Behind the stock server: keys beyond the range are seen with scale 1.0, and not once calibrated."""
     done = subprocess.run([sys.executable, SCRIPTS / 'saturation_check.py', '--model', MODEL], text=True,

@@ -83,7 +83,7 @@ def test_verdicts(compatibility):
     assert compatibility.verdict(gpu, [on['']]) == 'not run on a GPU yet; its CPU tests pass'
     assert compatibility.verdict(gpu, [on[''], on['H200']]) == compatibility.verdict(cpu, [on['']]) == 'works'
     assert compatibility.verdict(gpu, [on['H200'], bad]) == '**fails**'
-    assert compatibility.verdict(gpu, []) == 'not run yet'
+    assert compatibility.verdict(gpu, []) == 'no result yet'
     assert compatibility.verdict(Row('arch.mla', 'x', refused='no'), [on['']]) == 'refused: no'
     text = compatibility.table([on['H200'], bad], [{'gpu': 'H200', 'gpus': '2', 'commit': 'abc', 'date': 'today'}])
     assert '| Llama | **fails** | [a.py](../tests/a.py): 1 on GPU |' in text and '2 x H200; commits abc (today)' in text

@@ -12,7 +12,8 @@ import lmdeploy_kvq as kvq
 from lmdeploy_kvq import _autoload, formats, hook, patching
 
 ADDED = [fmt for fmt in kvq.FORMATS if not fmt.upstream]
-SENTENCE = 'supports LMDeploy >= 0.18, < 0.19; found '
+FIRST, LAST = ('.'.join(map(str, version)) for version in hook.SUPPORTED)
+SENTENCE = f'supports LMDeploy >= {FIRST}, < {LAST}; found '
 MODELS_OWN = {'none': 0, 'int4': 4, 'int8': 8, 'turbo_quant': 42}
 
 FAKE_VERSION = """
@@ -302,7 +303,7 @@ assert not any(name.startswith('LMDEPLOY_KVQ') for name in envs.get_all_envs())
 # LMDeploy is not what we know.
 
 @pytest.mark.parametrize('version, supported', [
-    ('0.18.0', True), ('0.18.7', True), ('0.18.0rc1', True), ('0.18.0+cu128', True), ('0.17.9', False),
+    ('0.18.0', True), ('0.18.7', True), ('0.18.0rc1', True), ('0.18.0+cu128', True), ('0.15.9', False),
     ('0.19.0', False), ('0.19rc1', False), ('1.0', False), ('0.2.18', False),
 ])
 def test_version_range(version, supported, monkeypatch):
@@ -361,7 +362,7 @@ finders = list(sys.meta_path)
 try:
     kvq.install()
 except RuntimeError as error:
-    assert '0.19.0' in str(error) and '>= 0.18' in str(error)
+    assert '0.19.0' in str(error) and '>= 0.16, < 0.19' in str(error)
 else:
     raise AssertionError('installed')
 assert list(messages.QuantPolicy) == members and messages.PytorchEngineConfig.__post_init__ is post_init

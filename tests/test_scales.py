@@ -15,6 +15,7 @@ from lmdeploy_kvq.scales import (
     LayerScales,
     ScaleError,
     ScaleFile,
+    digest_of_scales,
     parse_name,
     read_file,
     shard,
@@ -105,6 +106,7 @@ def test_file_round_trip(tmp_path):
     layers = {0: (value(0.5), value(0.25)), 1: (torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))}
     write_file(path, layers, {'format': 'kvq', 'data': 'built-in'})
     file = read_file(path)
+    assert file.metadata.pop('scale_digest') == digest_of_scales(layers)
     assert file.metadata == {'format': 'kvq', 'data': 'built-in'}
     for layer, pair in layers.items():
         k, v, source = file.layers[layer].resolved('')

@@ -1,5 +1,10 @@
 """Pages that leave the process: LMDeploy's own comparison of cache pools, and the keys of its Mooncake store."""
 import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +85,7 @@ def handshake(one, other) -> None:
     other.p2p_connect('other', [kind.model_validate(infos[0])])
 
 
+@pytest.mark.covers('parallel.transfer')
 def test_equal_ends_connect():
     for fmt in kvq.FORMATS:
         ends = [engine(fmt.policy, transfer.identity(fmt, model('hadamard'))) for _ in range(2)]
@@ -88,6 +94,7 @@ def test_equal_ends_connect():
     handshake(engine(0, None), engine(0, None))
 
 
+@pytest.mark.covers('parallel.transfer')
 def test_other_transforms_scales_or_formats_do_not():
     cases = [(INT4, model('hadamard'), INT4, model('0123')), (FP8, model(scale=1.0), FP8, model(scale=2.0)),
              (INT8, model('hadamard'), kvq.get_format('fp8_per_token_head'), model())]  # the last are as many bytes
@@ -99,6 +106,7 @@ def test_other_transforms_scales_or_formats_do_not():
         handshake(engine(FP8.policy, transfer.identity(FP8, model(scale=1.0))), engine(FP8.policy, None))
 
 
+@pytest.mark.covers('parallel.transfer')
 def test_an_end_that_says_nothing_is_refused():
     end = engine(INT4.policy, 'x')
     info = end.p2p_initialize(DistServeInitRequest.model_construct(protocol=MigrationProtocol.RDMA,
@@ -114,6 +122,7 @@ def test_identities():
                 transfer.identity(FP8, model(scale=1.0)), transfer.identity(FP8, model(scale=2.0))}) == 5
 
 
+@pytest.mark.covers('parallel.transfer')
 @pytest.mark.parametrize('prefix', ['', 'team'])
 def test_keys_of_a_store_name_the_identity(tmp_path, monkeypatch, prefix):
     path = tmp_path / 'mooncake.json'
@@ -142,3 +151,72 @@ def test_the_agent_hands_the_identity_to_its_cache():
         agent = SimpleNamespace(cache_config=SimpleNamespace(quant_policy=policy), patched_model=model('a'))
         transfer.build_cache_engine(lambda agent: seen.append(getattr(agent.cache_config, transfer._KEY, None)), agent)
     assert seen == [transfer.identity(INT4, model('a')), None]
+
+
+# ---- two processes
+
+
+class Node:
+    """tests/pd_node.py, with this package or without."""
+
+    def __init__(self, extension: bool):
+        root = Path(__file__).resolve().parent
+        self.process = subprocess.Popen(
+            [sys.executable, root / 'pd_node.py', 'with' if extension else 'without'], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, 'LMDEPLOY_KVQ': str(int(extension)), 'TRITON_INTERPRET': '0',
+                 'PYTHONPATH': f'{root.parent}:{os.environ.get("PYTHONPATH", "")}'})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.process.kill()
+        self.process.communicate()
+
+    def send(self, value: dict) -> None:
+        print(json.dumps(value), file=self.process.stdin, flush=True)
+
+    def receive(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith('NODE '):
+                return json.loads(line.removeprefix('NODE '))
+        raise AssertionError(self.process.stderr.read()[-3000:])
+
+
+def meet(prefill: Node, decode: Node, one: dict, other: dict) -> tuple[list[dict], bool]:
+    """What both ends say of each other, and whether they would find each other's pages in a store."""
+    for node, case in ((prefill, one), (decode, other)):
+        node.send(case)
+    first, second = (node.receive() for node in (prefill, decode))
+    prefill.send(second['sent'])
+    decode.send(first['sent'])
+    return [node.receive() for node in (prefill, decode)], first['key'] == second['key']
+
+
+@pytest.mark.covers('parallel.transfer')
+def test_two_processes():
+    """Through LMDeploy's connection, what it sends as JSON and pickles for its workers: equal ends connect, others not.
+
+    A node without this package, which knows policy 16 as LMDeploy's own, is another format as well.
+    """
+    fp8, int4, int8 = FP8.policy, INT4.policy, INT8.policy
+    same = {'policy': int4, 'transforms': 'a'}
+    with ExitStack() as stack:
+        prefill, decode = (stack.enter_context(Node(True)) for _ in range(2))
+        stock = stack.enter_context(Node(False))
+        assert all(node.receive() == {'ready': True} for node in (prefill, decode, stock))
+        for one, other, end in (
+                (same, same, decode), ({'policy': fp8, 'scale': 0.5}, {'policy': fp8, 'scale': 0.5}, decode),
+                ({'policy': 0}, {'policy': 0}, stock),
+                (same, {'policy': int4, 'transforms': 'b'}, decode),
+                ({'policy': fp8, 'scale': 0.5}, {'policy': fp8, 'scale': 0.25}, decode),
+                ({'policy': int8}, {'policy': kvq.get_format('fp8_per_token_head').policy}, decode),
+                ({'policy': fp8, 'scale': 1.0}, {'policy': fp8}, stock)):
+            said, found = meet(prefill, end, one, other)
+            if one == other:
+                assert said == [{'connected': ['other']}] * 2 and found
+                continue
+            assert all('error' in answer for answer in said) and not found, (one, other)
+            assert all('lmdeploy_kvq' in answer['error'] or 'Pool' in answer['error'] or 'pool' in answer['error']
+                       for answer in said)

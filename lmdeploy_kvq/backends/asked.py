@@ -77,6 +77,7 @@ def check(model_config: Any, cache_config: Any, target: Path) -> None:
             ('data parallelism (dp > 1), whose ranks serve different tokens', dist_config and dist_config.dp > 1),
             ('disaggregated serving', cache_config.role.name != 'Hybrid' or cache_config.kv_transfer_config),
             ('speculative decoding', model_config.model_paradigm == 'ar_spec'),
+            ('block-diffusion models', model_config.model_paradigm == 'dllm'),
             ('prefix caching of models with recurrent states',
              cache_config.enable_prefix_caching and model_config.states_shapes)):
         if found:

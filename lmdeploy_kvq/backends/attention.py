@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..formats import KVFormat, find_format
-from ..kernels.decode import Workspace, decode
+from ..kernels.decode import MAX_GROUP, Workspace, decode
 from ..kernels.fill import TokenLayout, fill
 from ..paged import PagedCache
 from ..transforms import Transform
@@ -41,6 +41,9 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
     layout = TokenLayout(q_start=attn_metadata.q_start_loc, q_lens=attn_metadata.q_seqlens,
                          kv_lens=attn_metadata.kv_seqlens, block_table=attn_metadata.block_offsets,
                          uniform_query_len=query_len)
+    if attn_metadata.is_decoding and impl.block_sparse_size > 1:
+        fill(key, value, cache, layout)
+        return _both_ways(impl, query, cache, attn_metadata, query_len)
     if attn_metadata.is_decoding:
         workspace = Workspace.allocate(query, cache, batch, query_len)
         out = query.new_empty((*query.shape[:2], cache.v_head_dim))
@@ -51,6 +54,29 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
     if key is not None and value is not None:
         fill(key, value, cache, layout)
     return prefill(impl, query, key, value, cache, attn_metadata, learnable_sink)
+
+
+def _both_ways(impl: Any, query: torch.Tensor, cache: PagedCache, meta: Any, query_len: int) -> torch.Tensor:
+    """Decoding of block diffusion: the tokens of a block see each other, whichever comes first, and all before them.
+
+    Tokens that see the same keys are to the kernel what heads of the same KV head are: more queries of one token.
+
+    Args:
+        query: [batch * query_len, heads, head_dim]; the tokens are written.
+
+    Returns:
+        [batch * query_len, heads, v_head_dim].
+    """
+    group = query.size(1) // cache.num_kv_heads
+    # [batch, token, kv_head, group, dim]
+    tokens = query.unflatten(0, (-1, query_len)).unflatten(2, (cache.num_kv_heads, group))
+    out = query.new_empty((*tokens.shape[:-1], cache.v_head_dim))
+    for part, result in zip(*(x.split(MAX_GROUP // group, dim=1) for x in (tokens, out))):
+        rows = part.transpose(1, 2).flatten(1, 3).contiguous()  # [batch, kv_head * token * group, dim]
+        done = decode(rows, cache, meta.block_offsets, meta.kv_seqlens, rows.new_empty((*rows.shape[:2], out.size(-1))),
+                      query_len=1, sm_scale=impl.scale, softcap=_softcap(impl))
+        result.copy_(done.unflatten(1, (cache.num_kv_heads, part.size(1), group)).transpose(1, 2))
+    return out.flatten(2, 3).flatten(0, 1)
 
 
 def page_views(fmt: KVFormat, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int, v_head_dim: int,

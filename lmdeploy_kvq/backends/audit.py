@@ -1,11 +1,14 @@
 """The audit of scales without weights: LMDeploy's own model on the meta device, and the engine's rules."""
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from ..console import reason
 from ..formats import FORMATS, KVFormat
 from .cache import check_model
 from .loading import check_file, collect_checkpoint, settle
@@ -14,8 +17,21 @@ from .loading import check_file, collect_checkpoint, settle
 def read_config(folder: str) -> Any:
     """LMDeploy's configuration of a model; needs no GPU. Raises what LMDeploy raises of models it does not know."""
     from lmdeploy.pytorch.config import ModelConfig
-    # the device is only asked whether it has bf16, by looking at the GPU for 'cuda'
-    return ModelConfig.from_pretrained(folder, device_type='cuda' if torch.cuda.is_available() else 'ascend')
+    if torch.cuda.is_available():
+        return ModelConfig.from_pretrained(folder, device_type='cuda')
+    with _no_flash_mla():  # 'cuda' would ask the GPU whether it has bf16
+        return ModelConfig.from_pretrained(folder, device_type='ascend')
+
+
+@contextlib.contextmanager
+def _no_flash_mla() -> Iterator[None]:
+    """Without a GPU: answer the configurations of MLA models, which ask for its generation, that it is an old one."""
+    original = torch.cuda.get_device_properties
+    torch.cuda.get_device_properties = lambda *args, **kwargs: SimpleNamespace(major=0)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_properties = original
 
 
 def refusals(config: Any) -> list[tuple[KVFormat, str]]:
@@ -51,8 +67,13 @@ def audit(folder: str, quant_policy: int) -> list[tuple[str, str, str, str]]:
 
     Raises:
         ScaleError: what the engine would refuse.
+        ValueError: LMDeploy cannot build the model here, e.g. without libraries that only GPUs need.
     """
-    model, config = build_empty(folder)
+    try:
+        model, config = build_empty(folder)
+    except Exception as error:  # LMDeploy's model of it, which may ask for anything
+        raise ValueError(f'the layers cannot be listed here, because LMDeploy cannot build this model: {reason(error)}'
+                         '. Run the check where the model is served.') from error
     check_file(config, quant_policy)
     collect_checkpoint(model, folder)
     return settle(model, quant_policy, folder, config.num_key_value_heads, quiet=True)

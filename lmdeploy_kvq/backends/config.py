@@ -158,6 +158,8 @@ def run_with_backend(original: Callable[..., Any], args: argparse.Namespace) -> 
         except ValueError as error:
             sys.exit(f'lmdeploy: error: {error}')
         os.environ[CALIBRATE] = calibrate
+    if fmt is not None and (fmt.needs_scales or fmt.takes_transform):
+        _check_scale_file(str(getattr(args, 'model_path', '')))
     if fmt is not None and args.backend != 'pytorch':
         if not isinstance(args.backend, _DefaultBackend):
             sys.exit(f'lmdeploy: error: --quant-policy {fmt.name} runs on the PyTorch engine; drop --backend '
@@ -166,6 +168,18 @@ def run_with_backend(original: Callable[..., Any], args: argparse.Namespace) -> 
         print(f'lmdeploy_kvq: --quant-policy {fmt.name} runs on the PyTorch engine: --backend pytorch is selected',
               file=sys.stderr, flush=True)
     return original(args)
+
+
+def _check_scale_file(model: str) -> None:
+    """End the command in a sentence where its scale file cannot be read, before any worker is started."""
+    from ..scales import ScaleError, read_file
+    from .loading import scale_file
+    try:
+        path, _ = scale_file(model)
+        if path is not None:
+            read_file(path)
+    except (ScaleError, ValueError) as error:  # ValueError: what asks for calibration cannot be read
+        sys.exit(f'lmdeploy: error: {error}')
 
 
 def name_policies(descriptions: dict[Any, str]) -> Undo:

@@ -12,6 +12,7 @@ import torch
 from lmdeploy.utils import get_logger
 
 from .._autoload import SCALES
+from ..console import reason
 from ..formats import KVFormat, find_format
 from ..reference import MAX_INPUT
 from ..scales import (
@@ -31,6 +32,7 @@ from . import observer, rotations
 from .asked import requested
 from .calibrating import Calibration
 from .checkpoints import advise, declares_fp8_cache
+from .drafts import draft_file, draft_folder
 
 logger = get_logger('lmdeploy')
 
@@ -72,7 +74,8 @@ def rename_weights(original: Callable[..., Any], iterator: Any, model: torch.nn.
     names = list(attention_layers(model))
     for name, weight in original(iterator, model):
         found = parse_name(name)
-        layer = None if found is None else _owner(found.owner, names)
+        # EAGLE's checkpoints leave 'model.' out, and its loader adds it later
+        layer = None if found is None else _owner(found.owner, names) or _owner(f'model.{found.owner}', names)
         if found is None or layer is None:
             yield name, weight
         else:
@@ -153,6 +156,9 @@ def collect_checkpoint(model: torch.nn.Module, model_path: str) -> None:
     Args:
         model: LMDeploy's model, on any device (``meta`` will do).
         model_path: folder with safetensors; other checkpoints have no scales that can be read alone.
+
+    Raises:
+        ScaleError: weights that are not there, or damaged.
     """
     from lmdeploy.pytorch.weight_loader.model_weight_loader import ModelWeightLoader
     from safetensors import safe_open
@@ -163,13 +169,20 @@ def collect_checkpoint(model: torch.nn.Module, model_path: str) -> None:
                 if parse_name(name) is not None:
                     yield name, file.get_tensor(name)
 
-    loader = ModelWeightLoader(model_path)
-    for path in loader._shard_paths if loader._weight_type == 'safetensors' else ():
-        list(loader._rename_weights_iterator(tensors(path), model))
+    try:
+        loader = ModelWeightLoader(model_path)
+        for path in loader._shard_paths if loader._weight_type == 'safetensors' else ():
+            list(loader._rename_weights_iterator(tensors(path), model))
+    except ScaleError:
+        raise
+    except Exception as error:  # files that are missing or cut short, a damaged index: safetensors', json's, LMDeploy's
+        raise ScaleError(f'the checkpoint\'s scales cannot be read: the weights in {model_path} are missing or '
+                         f'damaged ({reason(error)})') from error
 
 
 def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_heads: int, rank: int = 0,
-           world_size: int = 1, quiet: bool = False) -> list[tuple[str, str, str, str]]:
+           world_size: int = 1, quiet: bool = False,
+           source: tuple[str | None, bool] | None = None) -> list[tuple[str, str, str, str]]:
     """Decide every layer's scales, fill the buffers, and say where they came from.
 
     File, then checkpoint, then 1.0; where calibration while serving is asked for, file, then pending.
@@ -180,6 +193,7 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
         model_path: folder in which a scale file is looked for.
         num_kv_heads: KV heads of the whole model; rank, world_size: of the tensor-parallel group.
         quiet: log nothing (ranks other than 0).
+        source: a draft model's scale file and strictness; None: those of :func:`scale_file`, or calibration.
 
     Returns:
         The audit: (layer, K scale, V scale, source) per attention layer, or K's and V's transform where those can come
@@ -193,9 +207,9 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
         store.settled = True
         store.layers.clear()
         heads = (num_kv_heads, rank, world_size)
-        return [] if fmt is None else _settle_transforms(fmt, model, model_path, heads, quiet)
+        return [] if fmt is None else _settle_transforms(fmt, model, source or scale_file(model_path), heads, quiet)
     store.settled, store.format, store.heads = True, fmt, (num_kv_heads, rank, world_size)
-    (path, strict), request = scale_file(model_path), requested()
+    (path, strict), request = (scale_file(model_path), requested()) if source is None else (source, None)
     layers = attention_layers(model)
     file = rotations.usable(None if path is None else read_file(path), fmt)
     if file is not None:
@@ -221,12 +235,13 @@ def settle(model: torch.nn.Module, quant_policy: int, model_path: str, num_kv_he
     return audit
 
 
-def _settle_transforms(fmt: KVFormat, model: torch.nn.Module, model_path: str, heads: tuple[int, int, int],
-                       quiet: bool) -> list[tuple[str, str, str, str]]:
+def _settle_transforms(fmt: KVFormat, model: torch.nn.Module, source: tuple[str | None, bool],
+                       heads: tuple[int, int, int], quiet: bool) -> list[tuple[str, str, str, str]]:
     """:func:`settle` for formats whose scales follow the values: only transforms may come from a file."""
-    path, strict = scale_file(model_path) if fmt.takes_transform else (None, False)
+    path, strict = source if fmt.takes_transform else (None, False)
     file = rotations.usable(None if path is None else read_file(path), fmt)
-    layers = {name: (layer_index(name), module) for name, module in attention_layers(model).items()}
+    layers = {name: (0 if file is None else layer_index(name), module)  # EAGLE3's one layer has no number
+              for name, module in attention_layers(model).items()}
     audit, model_scales(model).transforms = rotations.attach(fmt, layers, heads, file, strict)
     if audit and not quiet:
         rotations.report(fmt, audit, model_scales(model).transforms, None if file is None else file.path)
@@ -266,7 +281,8 @@ def check_file(model_config: Any, quant_policy: int) -> None:
     """Before anything is loaded: a scale file that is there must fit the model's configuration."""
     fmt = find_format(quant_policy)
     model_path = getattr(model_config.hf_config, 'name_or_path', '')
-    path, _ = scale_file(model_path)
+    folder = draft_folder(model_config)
+    path, _ = scale_file(model_path) if folder is None else draft_file(folder)
     if fmt is None or path is None or not (fmt.needs_scales or fmt.takes_transform):
         return
     file = rotations.usable(read_file(path), fmt)
@@ -275,7 +291,8 @@ def check_file(model_config: Any, quant_policy: int) -> None:
     check_origin(file, fmt, model_path)
     hybrid = getattr(model_config.llm_config or model_config.hf_config, 'layer_types', None) is not None
     held = file.layers if fmt.needs_scales else file.transforms
-    expected = held if hybrid else range(model_config.num_layers)  # which layers attend is known once built
+    layers = range(model_config.num_layers)
+    expected = [n for n in held if n in layers] if hybrid else layers  # which layers attend is known once built
     if fmt.needs_scales:
         validate(file, expected, kv_heads(model_config))
     else:

@@ -39,8 +39,11 @@ def prefill_reads_cache() -> bool:
     """True with ``LMDEPLOY_KVQ_PREFILL=cache``: prefill attends to the quantized new tokens too, to measure accuracy.
 
     By default new tokens are attended to as they came, and a prompt without history is exact.
+
+    Raises:
+        ValueError: another value.
     """
-    value = os.environ.get('LMDEPLOY_KVQ_PREFILL', 'raw').strip().lower()
+    value = os.environ.get('LMDEPLOY_KVQ_PREFILL', '').strip().lower() or 'raw'
     if value not in ('raw', 'cache'):
         raise ValueError(f"LMDEPLOY_KVQ_PREFILL is {value!r}; known are 'raw' and 'cache'")
     return value == 'cache'

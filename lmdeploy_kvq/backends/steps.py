@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from . import saturation
+from . import saturation, tables
 from .freezing import pending_scales
 
 
@@ -18,6 +18,7 @@ def model_forward(original: Callable[..., Any], model: Any, inputs: Any, *args: 
 
 
 def use_full_graph(original: Callable[..., bool], runner: Any, step_context: Any, model_inputs: Any) -> bool:
-    """``CUDAGraphRunner._should_use_full_graph``: not while scales are pending, except to capture in warm-up."""
+    """``CUDAGraphRunner._should_use_full_graph``: a graph only once scales are set (or in warm-up), and if it fits."""
     pending = pending_scales(runner.model)
-    return (pending is None or not pending.active) and original(runner, step_context, model_inputs)
+    return ((pending is None or not pending.active) and original(runner, step_context, model_inputs)
+            and tables.fits(runner, model_inputs))

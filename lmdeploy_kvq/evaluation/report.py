@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import UserError, need, reason
+from ..console import UserError, need, reason, replacing
 from .rows import candidates
 
 _SYMBOLS = ((1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
@@ -179,7 +179,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], budget: float, title: str) 
         axes.xaxis.set_major_formatter('{x:,.0f}')
         _label(figure, axes, points)
         try:
-            figure.savefig(path, dpi=150)
+            with replacing(path) as unfinished:
+                figure.savefig(unfinished, dpi=150)
         except (OSError, ValueError) as error:
             raise UserError(f'{path} is not drawn: {error}') from error
 
@@ -216,7 +217,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     record = {'environment': {**versions(), 'gpus': find_gpus()[0],
                               'date': time.strftime('%Y-%m-%d', time.gmtime())}, **content}
     try:
-        path.write_text(json.dumps(_finite(record), indent=1) + '\n', encoding='utf-8')
+        with replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(_finite(record), indent=1) + '\n', encoding='utf-8')
     except OSError as error:
         raise UserError(f'{path} is not written: {reason(error)}') from error
 

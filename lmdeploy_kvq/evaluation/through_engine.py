@@ -25,6 +25,7 @@ from ..console import UserError, first_line
 from .material import Contender, Found, Material, Run
 
 BATCH, BLOCK = 8, 64
+PROGRAM = ('-m', 'lmdeploy_kvq.backends.probe')
 LIMIT = 1800
 """Seconds after which an engine is given up."""
 
@@ -41,11 +42,13 @@ class EngineError(RuntimeError):
         self.log = log
 
 
-def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: float = LIMIT) -> dict[str, Any]:
-    """Run :mod:`lmdeploy_kvq.backends.probe` in a fresh process.
+def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: float = LIMIT,
+          program: Sequence[str] = PROGRAM) -> dict[str, Any]:
+    """Run :mod:`lmdeploy_kvq.backends.probe`, or another program of its kind, in a fresh process.
 
     Args:
         spec: what it is to do. env: further environment variables. limit: seconds.
+        program: arguments of Python; two are added, the files of specification and answer.
 
     Returns:
         Its answer.
@@ -56,7 +59,7 @@ def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: 
     with tempfile.TemporaryDirectory() as folder, Path(folder, 'log').open('w+', errors='replace') as log:
         question, answer = Path(folder, 'spec.json'), Path(folder, 'answer.json')
         question.write_text(json.dumps(dict(spec)), encoding='utf-8')
-        command = [sys.executable, '-m', 'lmdeploy_kvq.backends.probe', str(question), str(answer)]
+        command = [sys.executable, *program, str(question), str(answer)]
         late = ''
         # its output goes to a file: workers that outlive it would keep a pipe open
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,

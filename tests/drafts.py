@@ -1,0 +1,49 @@
+"""Draft models for the tiny Llama of tests/models.py."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def write_eagle(folder: Path, target: Path) -> None:
+    """An EAGLE draft that computes what its target computes, from the target's own layers.
+
+    An EAGLE model joins the embedding of the next token with the target's hidden state of the last one, goes without
+    the first and the last norm, and leaves the logits to the target's head. Here the joint projection takes the
+    embedding alone; rows of the embedding have the same length, so that the first norm changes nothing; and the last
+    one scales a position's logits together. What the draft lacks is the first token of the text. So both models answer
+    alike as long as both read what was written to their caches.
+    """
+    from safetensors.torch import load_file, save_file
+    config, weights = json.loads((target / 'config.json').read_text()), load_file(target / 'model.safetensors')
+    own = {name.removeprefix('model.'): weight for name, weight in weights.items() if name.startswith('model.')}
+    for name in ('norm.weight', 'layers.0.input_layernorm.weight'):
+        del own[name]
+    hidden = config['hidden_size']
+    own['fc.weight'] = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1).to(own['embed_tokens.weight'])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'config.json').write_text(json.dumps(config))
+    save_file({name: weight.contiguous() for name, weight in own.items()}, folder / 'model.safetensors',
+              metadata={'format': 'pt'})
+
+
+def write_eagle3(folder: Path, target: Path) -> None:
+    """A random EAGLE3 draft: one layer, without a number, and a vocabulary of its own."""
+    from safetensors.torch import save_file
+    config = json.loads((target / 'config.json').read_text())
+    hidden, inner, vocabulary = config['hidden_size'], config['intermediate_size'], config['vocab_size'] // 2
+    queries, keys = (config[f'num_{which}_heads'] * config['head_dim'] for which in ('attention', 'key_value'))
+    shapes = {'fc': (hidden, 3 * hidden), 'lm_head': (vocabulary, hidden),
+              'midlayer.self_attn.q_proj': (queries, 2 * hidden), 'midlayer.self_attn.k_proj': (keys, 2 * hidden),
+              'midlayer.self_attn.v_proj': (keys, 2 * hidden), 'midlayer.self_attn.o_proj': (hidden, queries),
+              'midlayer.mlp.gate_proj': (inner, hidden), 'midlayer.mlp.up_proj': (inner, hidden),
+              'midlayer.mlp.down_proj': (hidden, inner)}
+    weights = {f'{name}.weight': torch.randn(shape) / shape[1]**.5 for name, shape in shapes.items()}
+    for name in ('norm', 'midlayer.hidden_norm', 'midlayer.input_layernorm', 'midlayer.post_attention_layernorm'):
+        weights[f'{name}.weight'] = torch.ones(hidden)
+    weights = {name: weight.to(torch.float16) for name, weight in weights.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 1, 'draft_vocab_size': vocabulary}))
+    save_file({**weights, 'd2t': torch.arange(vocabulary)}, folder / 'model.safetensors', metadata={'format': 'pt'})

@@ -1,0 +1,84 @@
+"""scripts/sanitize.py without a GPU: where the tool is found, what its output means, which launches there are."""
+from __future__ import annotations
+
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import by_name
+
+import lmdeploy_kvq as kvq
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
+
+import sanitize
+import sanitize_launches
+
+TOOL = """#!/bin/sh
+# stands in for compute-sanitizer: runs nothing, and prints what that prints at the end
+echo "all launches done"
+case "$2-$*" in
+  memcheck-*fp8_per*) echo '========= ERROR SUMMARY: 2 errors'; exit 86;;
+  racecheck-*) echo '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)';;
+  synccheck-*) ;;
+  *) echo '========= ERROR SUMMARY: 0 errors';;
+esac
+"""
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch) -> Path:
+    """A program of that name on the PATH."""
+    path = tmp_path / 'bin' / 'compute-sanitizer'
+    path.parent.mkdir()
+    path.write_text(TOOL)
+    path.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{path.parent}:/usr/bin:/bin')
+    return path
+
+
+def test_the_tool_is_found(tool, monkeypatch, tmp_path):
+    assert sanitize.find_sanitizer() == str(tool)
+    monkeypatch.setenv('PATH', '/usr/bin:/bin')
+    monkeypatch.setenv('CUDA_HOME', str(tmp_path))
+    tool.chmod(0o644)  # as a wheel is that was unpacked by hand
+    assert sanitize.find_sanitizer() == str(tool) and tool.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize('name, fmt, errors, ok', [
+    ('memcheck', 'fp8', 0, True), ('memcheck', 'fp8_per_token_head', 2, False), ('racecheck', 'fp8', 0, True),
+    ('synccheck', 'fp8', None, False)])
+def test_verdicts_follow_the_tools_summary(tool, tmp_path, name, fmt, errors, ok):
+    """An error, or no summary at all, is no pass."""
+    row = sanitize.check(str(tool), name, fmt, 1, tmp_path)
+    assert (row['errors'], row['ok'], row['finished']) == (errors, ok, True)
+
+
+def test_mistakes(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        sanitize.main(['--tools', 'memcheck,valgrind'])
+    assert 'valgrind: known are memcheck' in capsys.readouterr().err
+    monkeypatch.setattr(sanitize, 'find_sanitizer', lambda: None)
+    assert sanitize.main([]) == 2 and 'nvidia-cuda-sanitizer-api' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+def test_every_kernel_is_launched_for_every_format(fmt):
+    """Each at several head sizes; decode with one, two and three levels of its tree."""
+    names = [name for name, _ in sanitize_launches.launches(fmt)]
+    assert len(names) == len(set(names))
+    for kernel in ('fill', 'flatten', 'decode', 'merge'):
+        assert any(name.startswith(kernel) for name in names)
+    fan = sanitize_launches.FAN.value
+    pieces = {programs for programs, _ in sanitize_launches.TREES.values()}
+    assert any(1 < n <= fan for n in pieces) and any(fan < n <= fan**2 for n in pieces) and max(pieces) > fan**2
+
+
+def test_a_launch_compares(device):
+    """One that is cheap in the interpreter, and the same with a wrong reference."""
+    dict(sanitize_launches.launches(kvq.FORMATS[0]))['merge'](1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sanitize_launches, 'frobenius', lambda x, y: 1.0)
+        with pytest.raises(AssertionError, match='not the attention over both'):
+            dict(sanitize_launches.launches(kvq.FORMATS[0]))['merge'](1)

@@ -1,0 +1,327 @@
+"""LMDeploy's server on a CPU (see cpu_server.py): the client of scripts/soak.py, its checks, and hostile requests."""
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import json
+import math
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import hostile
+import numpy
+import pytest
+from helpers import clean_environment
+
+pytest.importorskip('transformers', minversion='5')
+pytest.importorskip('aiohttp')
+from test_calibrate import folder as small_model  # noqa: F401  a fixture: a small Llama with a tokenizer
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / 'scripts'))
+
+import gpu_memory  # noqa: E402
+import soak  # noqa: E402
+import soak_checks as checks  # noqa: E402
+import soak_load as load  # noqa: E402
+from soak_load import Answer, Prompt, Request  # noqa: E402
+
+SESSION_LEN = 160
+
+
+@pytest.fixture(scope='module')
+def url(small_model, tmp_path_factory):  # noqa: F811
+    """A server that answers."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp('server') / 'log'
+    command = [sys.executable, str(HERE / 'cpu_server.py'), str(small_model), str(port), str(SESSION_LEN)]
+    with log.open('w') as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=clean_environment())
+    url, deadline = f'http://127.0.0.1:{port}', time.monotonic() + 150
+    try:
+        while True:
+            try:
+                with urllib.request.urlopen(url + '/v1/models', timeout=5) as answer:
+                    assert json.load(answer)['data']
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.2)
+        yield url
+        assert process.poll() is None, log.read_text()[-3000:]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope='module')
+def prompts() -> list[Prompt]:
+    return load.make_prompts(range(3, 250), 12, 100, 20, seed=0)
+
+
+@pytest.fixture(scope='module')
+def references(url, prompts) -> list[Answer]:
+    return asyncio.run(load.references(url, prompts))
+
+
+# ---- the client, against LMDeploy's HTTP layer
+
+
+def test_references_are_whole(references, prompts):
+    """Greedy tokens, the log-probability of each, and the likeliest ones, of which the token itself is the first."""
+    for answer, prompt in zip(references, prompts, strict=True):
+        assert answer.error is None and answer.finish == 'length' and len(answer.ids) == prompt.new_tokens
+        assert len(answer.logprobs) == len(answer.top) == prompt.new_tokens and answer.seconds > 0
+        for token, value, row in zip(answer.ids, answer.logprobs, answer.top, strict=True):
+            assert row[0] == (value, token) and len(row) == load.TOP and row == sorted(row, reverse=True)
+
+
+def test_a_load_is_answered_as_by_itself(url, prompts, references):
+    """Streamed, whole and broken off: this server runs one request at a time, so that nothing may differ."""
+    requests = itertools.islice(load.make_requests(prompts, seed=1), 60)
+    answers = asyncio.run(load.load(url, prompts, requests, 6, 60))
+    assert len(answers) == 60 and not [a.error for a in answers if a.error]
+    kinds = {(a.request.stream, a.aborted) for a in answers}
+    assert kinds >= {(True, False), (False, False), (True, True)}
+    found = checks.deviation(answers, dict(enumerate(references)))
+    assert found.equal == found.prefix == 1 and found.change < 1e-5 and found.gaps == () and found.answers > 40
+    speed = checks.speed(answers, [len(p.ids) for p in prompts])
+    assert speed['aborted'] + speed['whole_answers'] == 60 and speed['errors'] == 0
+    assert speed['tokens_per_s'] == pytest.approx(sum(len(a.ids) for a in answers) / speed['seconds'])
+    for name in ('first_token_ms', 'between_tokens_ms', 'answer_ms'):
+        assert 0 < speed[f'{name}_p50'] <= speed[f'{name}_p95'] <= speed[f'{name}_p99']
+    streams = [a for a in answers if a.request.stream and not a.aborted]
+    assert all(a.first <= a.seconds and len(a.gaps) == len(a.ids) - 1 for a in streams)
+
+
+def test_refusals_and_silence_are_errors(url, prompts):
+    too_long = Prompt((5, ) * (SESSION_LEN + 1), 3)
+    answer = asyncio.run(load.ask_one(url, too_long, limit=20))
+    assert answer.error.startswith('RuntimeError: HTTP 400') and 'context length' in answer.error
+    with socket.socket() as nobody:  # listens and never answers
+        nobody.bind(('127.0.0.1', 0))
+        nobody.listen()
+        silent = f'http://127.0.0.1:{nobody.getsockname()[1]}'
+        assert asyncio.run(load.ask_one(silent, prompts[0], limit=1)).error == 'no answer within 1 s'
+    assert 'Connect' in asyncio.run(load.ask_one(silent, prompts[0], limit=5)).error
+    short = Answer(Request(0), ids=[1], logprobs=[-1.0], finish='length')
+    with pytest.raises(RuntimeError, match='1 tokens and 1 log-probabilities instead of 2'):
+        short.check(2)
+
+
+def test_idle_servers_show_no_blocks_in_use(url, references):
+    """The gauges of LMDeploy's endpoint, by the names that it has."""
+    assert soak.blocks_in_use(url, 100, settle=0) == 0 and len(soak.gauges(url)) == 3
+    assert not soak.whole_cache(url, 3, [Prompt((5, ), 1)])  # longer than the session: refused
+    assert soak.whole_cache(url, 2, [Prompt((5, 6, 7), 1)])
+
+
+class _Running:
+    """In the place of scripts/server.py's Server, which starts LMDeploy's engine: the server of these tests."""
+    url, pid = '', subprocess.os.getpid()
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def cache_blocks(self) -> dict[str, int]:
+        return {'num_gpu_blocks': 10}
+
+
+def test_a_whole_run(url, small_model, monkeypatch):  # noqa: F811
+    """References, warm-up, load, leak checks and verdict, all but the engine and the GPU's memory."""
+    monkeypatch.setattr(soak, 'Server', type('Server', (_Running, ), {'url': url}))
+    monkeypatch.setattr(soak, 'WARM_UP', 0.5)
+    monkeypatch.setattr(soak, 'all_prompts', lambda settings: load.make_prompts(range(3, 250), 6, 60, 8, seed=0))
+    monkeypatch.setenv('LMDEPLOY_KVQ_PREFILL', 'raw')  # the run sets it for its server
+    monkeypatch.setattr(soak, 'blocks_in_use', functools.partial(soak.blocks_in_use, settle=0))
+    _, _, settings = soak.parse(['--model', str(small_model), '--requests', '25', '--concurrency', '4'])
+    results = [soak.attempt(name, settings, None) for name in ('none', 'fp8_per_token_head')]
+    failed = soak.verdict(results)
+    rows = [row for row, _, _ in results]
+    assert failed == [f'{row["format"]}: device memory grew by None MiB, the limit is 64' for row in rows]
+    for row in rows:
+        assert (row['requests'], row['unfinished'], row['errors'], row['wrong_answers']) == (25, 0, 0, 0)
+        assert row['equal_answers'] == 1 and row['whole_cache_after'] and row['spare_blocks'] == 8
+    assert rows[1]['tokens_per_s_vs_bf16'] > 0 and rows[1]['change_by_format'] < 1e-5
+    json.dumps(rows)
+
+
+# ---- hostile requests
+
+
+@pytest.mark.covers('fault.hostile')
+def test_hostile_requests_get_an_answer_or_a_refusal(url, small_model, prompts, references):  # noqa: F811
+    """And the next request its answer. This is the path to the engine; the engine itself is tested on a GPU."""
+    found = hostile.answers(url, str(small_model), SESSION_LEN)
+    assert len(found) > 40 and hostile.problems(found) == []
+    assert {name for name, (status, _) in found.items() if status == 500} == hostile.SERVER_ERRORS
+    refused = {name for name, (status, _) in found.items() if 400 <= status < 500}
+    assert refused >= {'max_tokens negative', 'prompt too long', 'bad UTF-8', '1 MB of nested lists', 'unknown model',
+                       'JSON cut short', 'nothing', 'ids too many', 'message too long', 'temperature negative'}
+    assert found['max_tokens absurd'][0] == 200
+    again = asyncio.run(load.references(url, prompts[:4]))
+    assert [a.ids for a in again] == [a.ids for a in references[:4]]
+
+
+# ---- prompts and requests
+
+
+def test_prompts_follow_from_the_seed():
+    """Log-uniform lengths up to the longest; a third shares a beginning with others."""
+    first, again, other = (load.make_prompts(range(30_000), 600, 16384, 128, seed) for seed in (5, 5, 6))
+    assert first == again and first != other
+    lengths = numpy.array([len(p.ids) for p in first])
+    assert lengths.min() == 1 and 8192 < lengths.max() <= 16384
+    assert abs(numpy.log(lengths).mean() / math.log(16384) - 0.5) < 0.05  # every factor of two alike
+    answers = [p.new_tokens for p in first]
+    assert min(answers) == 1 and 64 < max(answers) <= 128
+    begins = [p.ids[:32] for p in first if len(p.ids) > 32]
+    shared = [b for b in begins if begins.count(b) > 2]  # two may begin at the same place by chance
+    assert 1 <= len(set(shared)) <= load.PREFIXES and 0.2 < len(shared) / len(begins) < 0.45
+    assert len({p.ids for p in first if len(p.ids) > 64}) > 0.95 * sum(len(p.ids) > 64 for p in first)
+
+
+def test_requests_follow_from_the_seed():
+    prompts = load.make_prompts(range(1000), 50, 100, 20, seed=0)
+    first, again = (list(itertools.islice(load.make_requests(prompts, 3), 2000)) for _ in range(2))
+    assert first == again and {r.prompt for r in first} == set(range(50))
+    assert abs(sum(r.stream for r in first) / 2000 - 2 / 3) < 0.05
+    aborted = [r for r in first if r.abort_tokens or r.abort_seconds]
+    assert abs(len(aborted) / 2000 - 1 / 8) < 0.03
+    assert all((r.abort_tokens is None) != r.stream for r in aborted)
+    assert all(1 <= r.abort_tokens <= prompts[r.prompt].new_tokens for r in aborted if r.stream)
+
+
+# ---- scores and verdicts
+
+
+def answer(ids: list[int], logprobs: list[float], prompt: int = 0, **fields) -> Answer:
+    return Answer(Request(prompt), ids=ids, logprobs=logprobs, finish='length', **fields)
+
+
+REFERENCE = answer([7, 8, 9], [-0.1, -0.2, -0.3], top=[[(-0.1, 7), (-2.0, 1)], [(-0.2, 8), (-0.5, 5), (-3.0, 2)],
+                                                      [(-0.3, 9), (-1.0, 4)]])
+
+
+@pytest.mark.parametrize('ids, logprobs, expected', [
+    ([7, 8, 9], [-0.1, -0.2, -0.3], checks.Score(3, 3, 0.0, 0.0)),
+    ([7, 8, 9], [-0.2, -0.1, -0.3], checks.Score(3, 3, 0.2, 0.0)),
+    ([7, 5, 9], [-0.1, -0.6, -0.3], checks.Score(3, 1, 0.0, 0.3)),  # the next likeliest token
+    ([7, 99], [-0.1, -9.0], checks.Score(2, 1, 0.0, 2.8)),  # none of the likeliest: at least so far
+    ([7], [-0.1], checks.Score(1, 1, 0.0, 0.0)),  # broken off
+])
+def test_scores(ids, logprobs, expected):
+    found = checks.score(answer(ids, logprobs), REFERENCE)
+    assert (found.tokens, found.same) == (expected.tokens, expected.same)
+    assert found.change == pytest.approx(expected.change) and found.gap == pytest.approx(expected.gap)
+
+
+def test_deviations_leave_out_errors():
+    answers = [answer([7, 8, 9], [-0.1, -0.2, -0.3]), answer([7, 5, 1], [-0.3, -0.6, -2.0]),
+               answer([1], [-5.0], error='HTTP 500'), answer([], [])]
+    found = checks.deviation(answers, {0: REFERENCE})
+    assert (found.answers, found.equal) == (2, 0.5) and found.prefix == pytest.approx((1 + 1 / 3) / 2)
+    assert found.change == pytest.approx(0.2 / 4) and found.gaps == pytest.approx((0.3, ))
+    assert checks.deviation([], {}).answers == 0
+
+
+def test_percentiles_are_numpys():
+    values = [i / 1000 for i in range(1, 101)]
+    assert checks.percentiles(values, 'x') == pytest.approx({'x_p50': 50.5, 'x_p95': 95.05, 'x_p99': 99.01})
+    assert checks.percentiles([], 'x') == {'x_p50': None, 'x_p95': None, 'x_p99': None}
+
+
+def test_growth_is_between_the_halves():
+    flat = [(float(i), 100.0 + (i % 3)) for i in range(20)]
+    assert checks.growth(flat) == 0 and checks.growth([(t, mib + 2 * t) for t, mib in flat]) == pytest.approx(20, abs=2)
+    assert checks.growth(flat[:3]) is None
+
+
+ROW = {'format': 'x', 'errors': 0, 'blocks_in_use': 0, 'spare_blocks': 8, 'whole_cache_after': True,
+       'memory_growth_mib': 0.0, 'unfinished': 0}
+FLOOR, EFFECT = checks.Deviation(100, 0.8, 0.9, 0.01, (0.2, )), checks.Deviation(100, 0.3, 0.5, 0.05, (0.7, 0.1))
+
+
+@pytest.mark.parametrize('own, row, words', [
+    (checks.Deviation(100, 0.7, 0.8, 0.059, (1.3, 0.2)), {}, None),
+    (checks.Deviation(100, 0.7, 0.8, 0.061, ()), {}, 'the limit is 0.0600'),
+    (checks.Deviation(100, 0.7, 0.8, 0.01, (1.5, 1.45, 0.2)), {}, '2 answers no rounding explains'),
+    (checks.Deviation(0, 0.0, 0.0, 0.0, ()), {}, 'no answer could be compared'),
+    (FLOOR, {'errors': 2}, '2 errors'), (FLOOR, {'blocks_in_use': 3}, '3 blocks'),
+    (FLOOR, {'blocks_in_use': None}, 'blocks are in use'), (FLOOR, {'whole_cache_after': False}, 'blocks leaked'),
+    (FLOOR, {'spare_blocks': None}, 'even before the load'),
+    (FLOOR, {'memory_growth_mib': 65.0}, 'grew by 65.0'), (FLOOR, {'memory_growth_mib': None}, 'grew by None'),
+    (FLOOR, {'unfinished': 7}, '7 requests short'),
+])
+def test_verdicts(own, row, words):
+    row = {**ROW, **row}
+    failed = checks.judge(row, FLOOR, EFFECT, own)
+    assert not failed if words is None else len(failed) == 1 and words in failed[0], failed
+    assert row['limit'] == pytest.approx(0.06) and row['gap_limit'] == pytest.approx(1.4)
+
+
+def test_the_floor_itself_is_bounded():
+    row = dict(ROW)
+    assert checks.judge(row, FLOOR, None, FLOOR) == [] and row['gap_limit'] == checks.GAP_LIMIT
+    assert len(checks.judge(row, FLOOR, None, checks.Deviation(9, 0.1, 0.1, 0.2, (3.0, )))) == 2
+
+
+def test_a_server_that_fails_is_a_row():
+    """The verdict says so, and judges the others only where bf16 is there to compare with."""
+    row, other = dict(ROW), {**ROW, 'format': 'y'}
+    for r in (row, other):
+        r |= checks.speed([REFERENCE], [3]) | {'errors': 0}
+    good = (row, [REFERENCE], [REFERENCE])
+    failed = soak.verdict([good, ({'format': 'z', 'error': 'RuntimeError: it ended'}, [], []),
+                           (other, [REFERENCE], [REFERENCE])])
+    assert failed == ['z: RuntimeError: it ended'] and row['equal_answers'] == other['equal_answers'] == 1
+    assert soak.verdict([({'format': 'none', 'error': 'no'}, [], []), good]) == ['none: no']
+
+
+def test_options():
+    _, formats, settings = soak.parse(['--requests', '10000', '--parallel', '--formats', 'none,116'])
+    assert formats == ['none', 'fp8_per_token_head'] and settings.longest == 64 and settings.requests == 10000
+    _, formats, settings = soak.parse(['--minutes', '0.5', '--prompts', '9'])
+    assert settings.load_seconds == 30 and settings.longest == 16384
+    assert (settings.prompts, settings.pool_tokens) == (9, 131072)
+    options = soak.server_arguments('int4_per_token_head', settings)
+    assert options[options.index('--num-gpu-blocks') + 1] == '2048' and '--enable-prefix-caching' in options
+    for wrong in (['--formats', 'fp8'], ['--formats', 'none,none'], ['--longest', '131072']):
+        with pytest.raises(SystemExit):
+            soak.parse(wrong)
+
+
+def test_server_options_are_lmdeploys():
+    """Its own parser takes them."""
+    from lmdeploy.cli.cli import CLI
+    from lmdeploy.cli.serve import SubCliServe
+    CLI.add_parsers()
+    SubCliServe.add_parsers()
+    _, formats, settings = soak.parse([])
+    for name in formats:
+        args = CLI.parser.parse_args(['serve', 'api_server', 'M', *soak.server_arguments(name, settings)])
+        assert (args.num_gpu_blocks, args.session_len, args.logprobs_mode) == (2048, 131136, 'raw_logprobs')
+        assert args.enable_prefix_caching and args.max_batch_size == 48
+
+
+def test_memory_of_a_process_includes_its_children():
+    child = subprocess.Popen(['sleep', '30'])
+    try:
+        assert child.pid in gpu_memory.descendants(1) | gpu_memory.descendants(subprocess.os.getpid())
+        assert gpu_memory.descendants(child.pid) == {child.pid}
+    finally:
+        child.kill()
+        child.wait()
