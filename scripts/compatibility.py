@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md, from what ``pytest --evidence`` wrote: every row with the tests that show it."""
+"""The tables of docs/compatibility.md, from what ``pytest --evidence`` wrote: every row with the tests that show it."""
 from __future__ import annotations
 
 import json
@@ -49,22 +49,17 @@ def shown_by(tests: Sequence[Mapping[str, str]]) -> str:
                      for (file, where), number in sorted(counts.items()))
 
 
-def table(tests: Sequence[Mapping[str, str]], environments: Sequence[Mapping[str, str]]) -> str:
-    """The page's tables, one per section, and what they are of."""
-    parts = []
-    for section, title in SECTIONS.items():
-        lines = [f'## {title}', '', '| what | state | tests passed |', '| --- | --- | --- |']
-        for row in ROWS:
-            if row.id.partition('.')[0] == section:
-                own = [test for test in tests if row.id in test['covers']]
-                lines.append(f'| {row.what} | {verdict(row, own)} | {shown_by(own)} |')
-        parts.append('\n'.join(lines))
+def tables(tests: Sequence[Mapping[str, str]]) -> dict[str, list[list[str]]]:
+    """Title of a section to its lines: what, state, tests passed."""
+    found: dict[str, list[list[str]]] = {title: [] for title in SECTIONS.values()}
+    for row in ROWS:
+        own = [test for test in tests if row.id in test['covers']]
+        found[SECTIONS[row.id.partition('.')[0]]].append([row.what, verdict(row, own), shown_by(own)])
+    return found
+
+
+def origin(environments: Sequence[Mapping[str, str]]) -> str:
+    """What the tables are of."""
     said = '; '.join(f'{env["gpus"]} x {env["gpu"]}' if int(env['gpus']) else 'CPU' for env in environments)
     commits = ', '.join(dict.fromkeys(f'{env["commit"]} ({env["date"]})' for env in environments))
-    parts.append(f'*From runs on {said or "nothing yet"}; commits {commits or "none"}.*')
-    return '\n\n'.join(parts)
-
-
-def page() -> str:
-    """The generated part of docs/compatibility.md."""
-    return table(*evidence())
+    return f'*From runs on {said or "nothing yet"}; commits {commits or "none"}.*'

@@ -11,8 +11,6 @@ is missed, 3 if LMDeploy's own bf16 cache does not run this way. Two GPUs, about
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,8 @@ from pathlib import Path
 from benchlib import print_table, write_results
 from eval_engine import probe
 from features_check import CONTROL, ENV, NEW_TOKENS, PLAIN, PROGRAM, SLACK, blocks, make_prompts
-from smollm2 import HOME, find_or_convert
+from server import free_port
+from smollm2 import chosen_model
 
 from lmdeploy_kvq import get_format
 from lmdeploy_kvq.evaluation.through_engine import EngineError
@@ -40,13 +39,6 @@ def rank_env(rank: int, port: int) -> dict[str, str]:
     """LMDeploy's launcher gives every rank its GPUs; the address is where all ranks meet."""
     return {**ENV, 'CUDA_VISIBLE_DEVICES': str(rank), 'LMDEPLOY_DP_MASTER_ADDR': '127.0.0.1',
             'LMDEPLOY_DP_MASTER_PORT': str(port)}
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(('127.0.0.1', 0))
-        return found.getsockname()[1]
 
 
 def ask(policy: str, model: Path, prompts: list[list[int]], work: Path) -> list[list]:
@@ -86,7 +78,7 @@ def main() -> int:
     args = parser.parse_args()
     formats = ['none', *(get_format(name).name for name in args.formats.split(','))]
     from transformers import AutoTokenizer
-    model = find_or_convert(Path(os.path.expanduser(os.environ.get('KVQ_MODEL', HOME))))
+    model = chosen_model()
     prompts = make_prompts(AutoTokenizer.from_pretrained(model))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(formats)) as pool:
         jobs = [pool.submit(ask, policy, model, prompts, Path(folder)) for policy in formats]

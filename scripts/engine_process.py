@@ -10,9 +10,7 @@ before anything is scored: asking LMDeploy 0.18 for prompt logits disturbs later
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -343,13 +341,5 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    try:
-        result = main(json.loads(Path(sys.argv[1]).read_text(encoding='utf-8')))
-    except Exception as error:
-        import traceback
-        traceback.print_exc()  # for the log
-        result = {'error': f'{type(error).__name__}: {error}'}
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding='utf-8')
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # engine threads may still hold CUDA graphs; the answer is out
+    from lmdeploy_kvq.backends.probe import as_program
+    as_program(main)

@@ -16,7 +16,6 @@ anything fails. One GPU, about two minutes.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from pathlib import Path
 from benchlib import print_table, write_results
 from eval_engine import probe
 from random_models import write_sharp
-from smollm2 import HOME, find_or_convert
+from smollm2 import chosen_model
 
 from lmdeploy_kvq import get_format
 from lmdeploy_kvq.texts import built_in
@@ -96,7 +95,7 @@ def make_rounds(tokenizer) -> list[list[list[int]]]:
 def run(formats: list[str], groups: list[str], jobs: int, work: Path) -> list[dict]:
     """A row per case and cache."""
     from transformers import AutoTokenizer
-    smollm2 = find_or_convert(Path(os.path.expanduser(os.environ.get('KVQ_MODEL', HOME))))
+    smollm2 = chosen_model()
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     folders, rounds = {'smollm2': smollm2, 'qwen3': work / 'qwen3'}, make_rounds(tokenizer)
     if 'piecewise' in groups:

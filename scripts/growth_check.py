@@ -11,7 +11,6 @@ minute and a half.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from benchlib import print_table, write_results
 from eval_engine import probe
 from features_check import ENV, PROGRAM
 from random_models import write_sharp
-from smollm2 import HOME, find_or_convert
+from smollm2 import chosen_model
 
 from lmdeploy_kvq import get_format
 
@@ -53,7 +52,7 @@ def main() -> int:
     policies = ['none', *(get_format(name).name for name in args.formats.split(','))]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(len(policies)) as pool:
         folder = Path(work, 'model')
-        write_sharp(folder, find_or_convert(Path(os.path.expanduser(os.environ.get('KVQ_MODEL', HOME)))))
+        write_sharp(folder, chosen_model())
 
         def run(policy: str) -> dict:
             return probe({'model': str(folder), 'quant_policy': policy, 'scenario': 'many', 'requests': args.requests,

@@ -13,7 +13,6 @@ shows that the far half counts. Writes long.json; exit code 1 if a limit is miss
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from calibration_gain import compare
 from eval_engine import probe
 from features_check import ENV, PROGRAM, SLACK
 from random_models import write_sharp
-from smollm2 import HOME, find_or_convert
+from smollm2 import chosen_model
 
 from lmdeploy_kvq import get_format
 
@@ -77,7 +76,7 @@ def main() -> int:
     runs += [(name, name) for name in (get_format(name).name for name in args.formats.split(','))]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         folder, prompts = Path(work, 'model'), Path(work, 'prompts.pt')
-        smollm2 = find_or_convert(Path(os.path.expanduser(os.environ.get('KVQ_MODEL', HOME))))
+        smollm2 = chosen_model()
         write_sharp(folder, smollm2, vocabulary=VOCABULARY, positions=args.tokens + 1024)
         write_prompts(prompts, args.tokens)
         engine = {'session_len': args.tokens + 1024, 'num_gpu_blocks': args.tokens // 64 + 64, 'max_batch_size': 4,

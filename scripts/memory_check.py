@@ -12,7 +12,6 @@ about a minute.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from benchlib import print_table, write_results
 from eval_engine import probe
 from features_check import ENV, PROGRAM
 from random_models import write_sharp
-from smollm2 import HOME, find_or_convert
+from smollm2 import chosen_model
 
 from lmdeploy_kvq import FORMATS
 from lmdeploy_kvq.capacity import TABLE_BYTES, CacheShape, block_bytes
@@ -62,7 +61,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         folder = Path(work, 'model')
-        smollm2 = find_or_convert(Path(os.path.expanduser(os.environ.get('KVQ_MODEL', HOME))))
+        smollm2 = chosen_model()
         write_sharp(folder, smollm2, layers=LAYERS, heads=KV_HEADS, kv_heads=KV_HEADS, head_dim=DIM)
 
         def run(policy: str) -> dict:

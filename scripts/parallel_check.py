@@ -28,10 +28,10 @@ from benchlib import print_table, write_results
 from calibration_gain import compare
 from eval_engine import passages, probe
 from features_check import ENV, PROGRAM, SLACK
-from random_models import spread_heads, write_sharp
-from smollm2 import HOME, find_or_convert
+from random_models import reverse_heads, spread_heads, write_sharp
+from smollm2 import chosen_model
 
-from lmdeploy_kvq.scales import read_file, write_file
+from lmdeploy_kvq.scales import read_file
 
 HEADS, DIM, LENGTH = 8, 64, 300
 STATIC, TRANSFORMED = 'fp8', 'int4_per_token_head'
@@ -58,21 +58,13 @@ class Run:
         return {'floor': 'none', 'transforms': TRANSFORMED}.get(self.check, STATIC)
 
 
-def reverse(source: Path, target: Path) -> None:
-    """The same file with the heads' scales, or transforms, in the opposite order."""
-    file = read_file(source)
-    scales = {n: tuple(x.flip(0) for x in layer.resolved('')[:2]) for n, layer in file.layers.items()}
-    transforms = {n: {'k_transform': matrix.flip(0)} for n, matrix in file.transforms.items()}
-    write_file(target, scales, {}, transforms or None)
-
-
 def calibrate(folder: Path, check: str) -> None:
     """Write a model's file of scales or transforms, by the command, and the control's."""
     how = ['--granularity', 'head', '--format', STATIC] if check == 'scales' else ['--format', TRANSFORMED]
     subprocess.run([sys.executable, '-m', 'lmdeploy_kvq.cli', 'calibrate', str(folder), '-o',
                     str(folder / f'{check}.safetensors'), '--engine', 'transformers', '--tokens', '4096',
                     '--new-tokens', '1', *how], check=True, timeout=200, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
-    reverse(folder / f'{check}.safetensors', folder / f'{check}-control.safetensors')
+    reverse_heads(folder / f'{check}.safetensors', folder / f'{check}-control.safetensors')
 
 
 def scale_file(work: Path, run: Run) -> Path | str:
@@ -154,7 +146,7 @@ def main() -> int:
                          'divided by it')
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
-        smollm2 = find_or_convert(Path(os.path.expanduser(os.environ.get('KVQ_MODEL', HOME))))
+        smollm2 = chosen_model()
         prompts = make_passages(smollm2)[:8]
         for n in kv_heads:
             write_sharp(work / str(n), smollm2, heads=HEADS, kv_heads=n, head_dim=DIM, vocabulary=None)

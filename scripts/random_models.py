@@ -63,3 +63,12 @@ def spread_heads(folder: Path, kv_heads: int, head_dim: int) -> None:
             wide = factor.view(kv_heads, 1, head_dim).expand(-1, group, -1).reshape(-1)
             weights[name] = (weight.float() / (wide[:, None] if 'q_proj' in name else wide)).to(weight.dtype)
     save_file(weights, path, metadata={'format': 'pt'})
+
+
+def reverse_heads(source: Path, target: Path) -> None:
+    """The same scale file with the heads' scales, or transforms, in the opposite order."""
+    from lmdeploy_kvq.scales import read_file, write_file
+    file = read_file(source)
+    scales = {n: tuple(x.flip(0) for x in layer.resolved('')[:2]) for n, layer in file.layers.items()}
+    transforms = {n: {'k_transform': matrix.flip(0)} for n, matrix in file.transforms.items()}
+    write_file(target, scales, {}, transforms or None)

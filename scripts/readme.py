@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import compatibility
+from compatibility import evidence, origin, tables
 from labels import label
 from targets import PRESETS, TARGETS, verdicts
 
@@ -100,6 +100,14 @@ def tensor_parallel_scales() -> str:
     rows = [[row['run'], f'{row["mean_kl"]:.2g}', f'{row["equal_sequences"]} of {row["sequences"]}']
             for row in results('tp_scales')]
     return table(['run', 'mean KL', 'same sequences'], rows) if rows else NOT_MEASURED
+
+
+def compatibility() -> str:
+    """What works, section by section, with the tests that show it."""
+    tests, environments = evidence()
+    header = ['what', 'state', 'tests passed']
+    parts = [f'## {title}\n\n{table(header, lines)}' for title, lines in tables(tests).items()]
+    return '\n\n'.join([*parts, origin(environments)])
 
 
 def hooks() -> str:
@@ -223,7 +231,7 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
          'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
-         'compatibility': compatibility.page, 'plots': partial(plots, 'accuracy'),
+         'compatibility': compatibility, 'plots': partial(plots, 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
          'all-plots': partial(plots, folder='../benchmarks'),
          'decode': decode, 'decode-rotated': partial(decode, 'formats', 'decode_rotated'),

@@ -28,6 +28,13 @@ def lmdeploy_command() -> list[str]:
     return [found] if found else [sys.executable, '-c', 'from lmdeploy.cli import run; run()']
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return found.getsockname()[1]
+
+
 class Server:
     """``lmdeploy serve api_server MODEL ...`` on a free port of this machine, stopped when the ``with`` block ends.
 
@@ -37,9 +44,7 @@ class Server:
 
     def __init__(self, model: str, arguments: Sequence[str], timeout: float = 400,
                  progress: Callable[[str], None] = print):
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.command = [*lmdeploy_command(), 'serve', 'api_server', model, *arguments]
         # INFO, because the engine logs the size of its cache there
         self._command = [*self.command, '--server-name', '127.0.0.1', '--server-port', str(port), '--log-level', 'INFO']

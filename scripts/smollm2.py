@@ -32,6 +32,11 @@ def find_or_convert(folder: Path = HOME) -> Path:
     return folder
 
 
+def chosen_model() -> Path:
+    """The model that checks and GPU tests take: ``KVQ_MODEL``, else SmolLM2, converted where it is not there yet."""
+    return find_or_convert(Path(os.environ.get('KVQ_MODEL', HOME)).expanduser())
+
+
 def convert(source: Path, name: str, target: Path) -> None:
     """Write the GGUF model ``source/name`` as bf16 safetensors with config and tokenizer into ``target``."""
     import torch

@@ -24,11 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,14 +143,5 @@ def _count_drafts(engine: Any) -> dict[str, int]:
 
 
 if __name__ == '__main__':
-    from lmdeploy_kvq.console import reason
-    try:
-        result = main(json.loads(Path(sys.argv[1]).read_text(encoding='utf-8')))
-    except Exception as error:
-        import traceback
-        traceback.print_exc()  # for the log
-        result = {'error': reason(error)}
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding='utf-8')
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # engine threads may still hold CUDA graphs; the answer is out
+    from lmdeploy_kvq.backends.probe import as_program
+    as_program(main)

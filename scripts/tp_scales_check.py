@@ -17,36 +17,11 @@ from pathlib import Path
 
 from benchlib import print_table, write_results
 from eval_engine import PROMPTS, passages, probe
+from random_models import reverse_heads, spread_heads
 from tp_check import WAYS, write_llama
 
 HEADS, DIM = 8, 128
 LIMIT = 2e-3  # mean KL of tp=2 against tp=1, far above what summation order makes and far below a wrong head
-
-
-def spread(folder: Path) -> None:
-    """Give every KV head of a saved Llama a magnitude of its own, in place; powers of two are exact in bf16."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    factor = torch.exp2(2.0 * torch.arange(HEADS) - 8).repeat_interleave(DIM)
-    path = folder / 'model.safetensors'
-    weights = load_file(path)
-    for name, weight in weights.items():
-        group = weight.size(0) // (HEADS * DIM) if 'q_proj' in name else weight.size(-1) // (HEADS * DIM)
-        wide = factor.view(HEADS, 1, DIM).expand(-1, max(group, 1), -1).reshape(-1)
-        if 'k_proj' in name or 'v_proj' in name:
-            weights[name] = (weight.float() * factor[:, None]).to(weight.dtype)
-        elif 'q_proj' in name:
-            weights[name] = (weight.float() / wide[:, None]).to(weight.dtype)
-        elif 'o_proj' in name:
-            weights[name] = (weight.float() / wide).to(weight.dtype)
-    save_file(weights, path, metadata={'format': 'pt'})
-
-
-def reverse(source: Path, target: Path) -> None:
-    """The scale file with the heads in the opposite order."""
-    from lmdeploy_kvq.scales import read_file, write_file
-    file = read_file(source)
-    write_file(target, {n: tuple(x.flip(0) for x in layer.resolved('')[:2]) for n, layer in file.layers.items()}, {})
 
 
 def main() -> int:
@@ -62,11 +37,11 @@ def main() -> int:
     scales, wrong = args.keep / 'heads.safetensors', args.keep / 'wrong.safetensors'
     if not scales.exists():
         write_llama(str(args.keep), tokenizer_from, decisive=False)
-        spread(args.keep)
+        spread_heads(args.keep, HEADS, DIM)
         subprocess.run([sys.executable, '-m', 'lmdeploy_kvq.cli', 'calibrate', str(args.keep), '-o', str(scales),
                         '--granularity', 'head', '--engine', 'transformers', '--tokens', '4096', '--new-tokens', '1'],
                        check=True, timeout=300)
-        reverse(scales, wrong)
+        reverse_heads(scales, wrong)
     texts = [ids for _, ids in passages(transformers.AutoTokenizer.from_pretrained(tokenizer_from), 256)][:8]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,9 @@ from lmdeploy_kvq.formats import Codec, Encoding, KVFormat, page_shape
 from lmdeploy_kvq.kernels.launch import interpreted
 from lmdeploy_kvq.transforms import Transform, hadamard
 
+MODEL = os.path.expanduser(os.environ.get('KVQ_MODEL', '~/models/smollm2'))
+"""The real model of GPU tests: a folder; SmolLM2-135M-Instruct, unless ``KVQ_MODEL`` names another."""
+
 POISON = 0xFF
 """Fills every unused byte: NaN as fp8 code (e4m3, e5m2) and as fp32 scale."""
 

@@ -39,30 +39,41 @@ class Transport:
         self.connected.append(remote)
 
 
-def make_model(case: dict) -> torch.nn.Module:
+def make_model(transforms: str = '', scale: float | None = None) -> torch.nn.Module:
     """A module that carries what settling scales and transforms leaves with a model."""
     from lmdeploy_kvq.backends.loading import model_scales
     from lmdeploy_kvq.scales import LayerScales
     module = torch.nn.Identity()
-    model_scales(module).transforms = case.get('transforms', '')
-    if 'scale' in case:
-        model_scales(module).layers = {'model.layers.0': LayerScales(k=torch.tensor(case['scale']), v=torch.tensor(1.))}
+    model_scales(module).transforms = transforms
+    if scale is not None:
+        model_scales(module).layers = {'model.layers.0': LayerScales(k=torch.tensor(scale), v=torch.tensor(1.0))}
     return module
 
 
-def make_engine(case: dict, extension: bool):
-    """LMDeploy's cache engine (its constructor wants CUDA streams), configured as its agent does."""
+def make_config(policy: int):
+    """LMDeploy's configuration of a cache of six blocks."""
     from lmdeploy.messages import QuantPolicy
-    from lmdeploy.pytorch.config import CacheConfig, ModelConfig
-    from lmdeploy.pytorch.engine.cache_engine.engine import CacheEngine
-    from lmdeploy.pytorch.engine.cache_engine.plan import build_block_cache_plan
+    from lmdeploy.pytorch.config import CacheConfig
+    return CacheConfig(max_batches=8, block_size=64, kernel_block_size=64, num_cpu_blocks=0, num_gpu_blocks=6,
+                       quant_policy=QuantPolicy(policy))
+
+
+def configured(case: dict, extension: bool):
+    """A configuration as LMDeploy's agent hands it to its cache."""
     from lmdeploy.pytorch.engine.model_agent.agent import BaseModelAgent
-    config = CacheConfig(max_batches=8, block_size=64, kernel_block_size=64, num_cpu_blocks=0, num_gpu_blocks=6,
-                         quant_policy=QuantPolicy(case['policy']))
+    config = make_config(case.pop('policy'))
     if extension:  # the patched method, up to what it calls in LMDeploy, which needs a GPU
-        agent = SimpleNamespace(cache_config=config, patched_model=make_model(case), all_context=_stop)
+        agent = SimpleNamespace(cache_config=config, patched_model=make_model(**case), all_context=_stop)
         with contextlib.suppress(_Stopped):
             BaseModelAgent.build_cache_engine(agent)
+    return config
+
+
+def make_engine(config):
+    """LMDeploy's cache engine with pages on the CPU: its constructor wants CUDA streams."""
+    from lmdeploy.pytorch.config import ModelConfig
+    from lmdeploy.pytorch.engine.cache_engine.engine import CacheEngine
+    from lmdeploy.pytorch.engine.cache_engine.plan import build_block_cache_plan
     model = ModelConfig(hidden_size=1024, num_layers=3, num_attention_heads=16, num_key_value_heads=4, bos_token_id=1,
                         eos_token_id=[2], head_dim=64, dtype=torch.bfloat16,
                         hf_config=SimpleNamespace(architectures=['LlamaForCausalLM']))
@@ -128,7 +139,7 @@ async def main(extension: bool) -> None:
 
     say(ready=True)
     for line in sys.stdin:
-        cache_engine = make_engine(json.loads(line), extension)
+        cache_engine = make_engine(configured(json.loads(line), extension))
         node = EngineP2PConnection(SimpleNamespace(executor=Executor(cache_engine)))
         config = DistServeEngineConfig(tp_size=1, ep_size=1, dp_size=1, pp_size=1, dp_rank=0, block_size=64,
                                        num_cpu_blocks=0, num_gpu_blocks=6)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import engines
 import models
 import pytest
 import torch
+from helpers import MODEL
 from test_loading import load
 
 import lmdeploy_kvq as kvq
 
 RANK, TARGETS = 4, ('q_proj', 'k_proj', 'v_proj', 'o_proj')
-SMOLLM2 = os.path.expanduser(os.environ.get('KVQ_MODEL', '~/models/smollm2'))
 
 
 def write_adapter(folder: Path, model: torch.nn.Module, dtype: torch.dtype, seed: int = 7) -> torch.nn.Module:
@@ -136,7 +135,7 @@ if __name__ == '__main__':
                'Tell me a date.']
     asked = {'prompts': prompts, 'guides': {**GUIDES, 'free': {'type': 'text'}}, 'out': ''}
     policies = {'none': 0, **{name: kvq.get_format(name).policy for name in engines.FORMATS}}
-    for found in engines.run(Path(SMOLLM2), {name: {**asked, 'quant_policy': policy} for name, policy in
+    for found in engines.run(Path(MODEL), {name: {**asked, 'quant_policy': policy} for name, policy in
                                              policies.items()}, program=program).values():
         for kind in GUIDES:
             assert [text for text in found[kind] if not matches(kind, text)] == []

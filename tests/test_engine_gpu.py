@@ -7,19 +7,18 @@ but the stock server's is given a small cache.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import MODEL
 
 from lmdeploy_kvq import FORMATS
 
 pytestmark = pytest.mark.gpu
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
-MODEL = os.path.expanduser(os.environ.get('KVQ_MODEL', '~/models/smollm2'))
 sys.path.insert(0, str(SCRIPTS))
 
 

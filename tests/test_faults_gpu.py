@@ -24,12 +24,12 @@ from urllib.parse import urlsplit
 import hostile
 import pytest
 import torch
+from helpers import MODEL
 
 import lmdeploy_kvq as kvq
 
 pytestmark = pytest.mark.gpu
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
-MODEL = os.path.expanduser(os.environ.get('KVQ_MODEL', '~/models/smollm2'))
 sys.path.insert(0, str(SCRIPTS))
 
 SESSION_LEN = 2048

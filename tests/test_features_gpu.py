@@ -5,16 +5,15 @@ Each program starts its engines side by side; the programs too (``-n N --dist lo
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import MODEL
 
 pytestmark = pytest.mark.gpu
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
-MODEL = os.path.expanduser(os.environ.get('KVQ_MODEL', '~/models/smollm2'))
 
 
 def program(name: str, out: Path, *arguments: str, limit: float = 420) -> tuple[int, dict, str]:

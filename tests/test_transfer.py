@@ -8,20 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from lmdeploy.messages import QuantPolicy
-from lmdeploy.pytorch.config import CacheConfig
 from lmdeploy.pytorch.disagg.conn.protocol import DistServeInitRequest, MigrationProtocol
-from lmdeploy.pytorch.engine.cache_engine import engine as engines
-from lmdeploy.pytorch.engine.cache_engine.plan import build_block_cache_plan
 from lmdeploy.pytorch.kv_connector.mooncake.store import worker as workers
 from lmdeploy.pytorch.kv_connector.mooncake.store.data import build_store_key
-from test_cache_descs import model_config
+from pd_node import make_config, make_engine, make_model
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.backends import transfer
-from lmdeploy_kvq.backends.loading import model_scales
-from lmdeploy_kvq.scales import LayerScales
 
 INT4, INT8 = (next(fmt for fmt in kvq.FORMATS if fmt.name == name)
               for name in ('int4_per_token_head', 'int8_per_token_head'))
@@ -33,47 +26,12 @@ def installed():
     kvq.install()
 
 
-def model(transforms: str = '', scale: float | None = None) -> torch.nn.Module:
-    """A module that carries what :func:`settle` leaves with a model."""
-    module = torch.nn.Identity()
-    store = model_scales(module)
-    store.transforms = transforms
-    if scale is not None:
-        store.layers = {'model.layers.0': LayerScales(k=torch.tensor(scale), v=torch.tensor(1.0))}
-    return module
-
-
-class Transport:
-    """Stands in for RDMA: keeps what it is told."""
-
-    def __init__(self):
-        self.links = {'other': SimpleNamespace(remote_engine_config=SimpleNamespace(num_gpu_blocks=6))}
-        self.connected = []
-
-    def p2p_initialize(self, request):
-        pass
-
-    def register_memory_region(self, request):
-        pass
-
-    def endpoint_info(self, remote, protocol):
-        return {}
-
-    def p2p_connect(self, remote, info):
-        self.connected.append(remote)
-
-
 def engine(policy: int, identity: str | None):
-    """LMDeploy's cache engine with pages on the CPU: its constructor wants CUDA streams."""
-    config = CacheConfig(max_batches=8, block_size=64, kernel_block_size=64, num_cpu_blocks=0, num_gpu_blocks=6,
-                         quant_policy=QuantPolicy(policy))
+    """LMDeploy's cache engine with pages on the CPU, whose configuration names what they hold."""
+    config = make_config(policy)
     if identity is not None:
         setattr(config, transfer._KEY, identity)
-    made = object.__new__(engines.CacheEngine)
-    made.cache_config, made.rank, made.tp_rank = config, 0, 0
-    made.migration_backend_impl, made._pd_cache_pool_infos, made._remote_pd_cache_pool_infos = Transport(), None, {}
-    made.gpu_allocation = build_block_cache_plan(model_config(), config, 1).allocate(6, 'cpu')
-    return made
+    return make_engine(config)
 
 
 def handshake(one, other) -> None:
@@ -88,7 +46,7 @@ def handshake(one, other) -> None:
 @pytest.mark.covers('parallel.transfer')
 def test_equal_ends_connect():
     for fmt in kvq.FORMATS:
-        ends = [engine(fmt.policy, transfer.identity(fmt, model('hadamard'))) for _ in range(2)]
+        ends = [engine(fmt.policy, transfer.identity(fmt, make_model('hadamard'))) for _ in range(2)]
         handshake(*ends)
         assert all(end.migration_backend_impl.connected == ['other'] for end in ends)
     handshake(engine(0, None), engine(0, None))
@@ -96,14 +54,16 @@ def test_equal_ends_connect():
 
 @pytest.mark.covers('parallel.transfer')
 def test_other_transforms_scales_or_formats_do_not():
-    cases = [(INT4, model('hadamard'), INT4, model('0123')), (FP8, model(scale=1.0), FP8, model(scale=2.0)),
-             (INT8, model('hadamard'), kvq.get_format('fp8_per_token_head'), model())]  # the last are as many bytes
+    cases = [(INT4, make_model('hadamard'), INT4, make_model('0123')),
+             (FP8, make_model(scale=1.0), FP8, make_model(scale=2.0)),
+             # as many bytes
+             (INT8, make_model('hadamard'), kvq.get_format('fp8_per_token_head'), make_model())]
     for one, first, other, second in cases:
         with pytest.raises(RuntimeError, match=f'dtypes differ: .*{one.name}.*{other.name}'):
             handshake(engine(one.policy, transfer.identity(one, first)),
                       engine(other.policy, transfer.identity(other, second)))
     with pytest.raises(RuntimeError, match='dtypes differ'):  # a node without this package
-        handshake(engine(FP8.policy, transfer.identity(FP8, model(scale=1.0))), engine(FP8.policy, None))
+        handshake(engine(FP8.policy, transfer.identity(FP8, make_model(scale=1.0))), engine(FP8.policy, None))
 
 
 @pytest.mark.covers('parallel.transfer')
@@ -116,10 +76,10 @@ def test_an_end_that_says_nothing_is_refused():
 
 
 def test_identities():
-    first = transfer.identity(INT4, model('a'))
-    assert first == transfer.identity(INT4, model('a')) and first.startswith(INT4.name)
-    assert len({first, transfer.identity(INT4, model('b')), transfer.identity(INT8, model('a')),
-                transfer.identity(FP8, model(scale=1.0)), transfer.identity(FP8, model(scale=2.0))}) == 5
+    first = transfer.identity(INT4, make_model('a'))
+    assert first == transfer.identity(INT4, make_model('a')) and first.startswith(INT4.name)
+    assert len({first, transfer.identity(INT4, make_model('b')), transfer.identity(INT8, make_model('a')),
+                transfer.identity(FP8, make_model(scale=1.0)), transfer.identity(FP8, make_model(scale=2.0))}) == 5
 
 
 @pytest.mark.covers('parallel.transfer')
@@ -129,7 +89,7 @@ def test_keys_of_a_store_name_the_identity(tmp_path, monkeypatch, prefix):
     path.write_text(json.dumps({'metadata_server': 'x:1', 'master_server_address': 'x:2', 'protocol': 'tcp'}))
     monkeypatch.setattr(workers.MooncakeStoreWorker, '_setup_store', lambda self, store, host: None)
     keys = []
-    for identity in (None, transfer.identity(INT4, model('a')), transfer.identity(INT4, model('b'))):
+    for identity in (None, transfer.identity(INT4, make_model('a')), transfer.identity(INT4, make_model('b'))):
         config = SimpleNamespace(states_shapes=None, window_size=-1, block_size=64, kv_transfer_config=SimpleNamespace(
             kv_role='kv_both', kv_connector_extra_config={'mooncake_config_path': str(path), 'model_name': 'm',
                                                           'cache_prefix': prefix}))
@@ -148,9 +108,9 @@ def test_the_agent_hands_the_identity_to_its_cache():
     assert BaseModelAgent.build_cache_engine.__wrapped__
     seen = []
     for policy in (INT4.policy, 0):
-        agent = SimpleNamespace(cache_config=SimpleNamespace(quant_policy=policy), patched_model=model('a'))
+        agent = SimpleNamespace(cache_config=SimpleNamespace(quant_policy=policy), patched_model=make_model('a'))
         transfer.build_cache_engine(lambda agent: seen.append(getattr(agent.cache_config, transfer._KEY, None)), agent)
-    assert seen == [transfer.identity(INT4, model('a')), None]
+    assert seen == [transfer.identity(INT4, make_model('a')), None]
 
 
 # ---- two processes

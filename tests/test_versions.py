@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import clean_environment, python
+from helpers import MODEL, clean_environment, python
 from test_hook import REFUSED, with_version
 from wheels import OLDER, ROOT, NoWheel, unpacked
 
@@ -124,7 +124,6 @@ assert sentence.startswith('LMDeploy 0.17.0: ') and 'CacheEngine.get_k_cache_des
 
 # ---- on a GPU
 
-MODEL = os.path.expanduser(os.environ.get('KVQ_MODEL', '~/models/smollm2'))
 CHOSEN = [fmt for fmt in FORMATS if fmt.name in ('int8_per_token_head', 'int4_per_token_head', 'fp8')]
 
 

@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ import torch
 
 from ..accuracy import Scores, ranks, score
 from ..console import reason
+
+
+def as_program(main: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Be a program that :func:`~lmdeploy_kvq.evaluation.through_engine.probe` runs: SPEC.json to ANSWER.json, and exit.
+
+    What ``main`` raises is the answer's ``error``; its traceback goes to the log.
+    """
+    try:
+        result = main(json.loads(Path(sys.argv[1]).read_text(encoding='utf-8')))
+    except Exception as error:
+        import traceback
+        traceback.print_exc()
+        result = {'error': reason(error)}
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding='utf-8')
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # engine threads may still hold CUDA graphs; the answer is out
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -116,13 +134,4 @@ def _score(pipe: Any, spec: dict[str, Any]) -> list[Scores]:
 
 
 if __name__ == '__main__':
-    try:
-        result = main(json.loads(Path(sys.argv[1]).read_text(encoding='utf-8')))
-    except Exception as error:
-        import traceback
-        traceback.print_exc()  # for the log; the answer has what a user needs
-        result = {'error': reason(error)}
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding='utf-8')
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # engine threads may still hold CUDA graphs; the answer is out
+    as_program(main)
