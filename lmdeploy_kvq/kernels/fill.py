@@ -45,8 +45,9 @@ def _grid_step(parts, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, F
 def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matrix_ptr, live, place,  #
                    HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr, RMS: tl.constexpr,
                    FACTOR: tl.constexpr, RULE: tl.constexpr, PER_TOKEN: tl.constexpr, BITS: tl.constexpr,
-                   PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                   MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr, CAP: tl.constexpr):
+                   PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr,
+                   MAX_UNBIASED: tl.constexpr, CAP: tl.constexpr):
     """Quantize rows [D] at ``x_ptr + offset`` and write them; see ``reference.encode``.
 
     Args:
