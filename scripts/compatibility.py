@@ -13,16 +13,15 @@ from rows import ROWS, SECTIONS, Row  # noqa: E402
 RESULTS = ROOT / 'benchmarks' / 'results'
 
 
-def evidence(folder: Path = RESULTS) -> tuple[list[dict], list[dict[str, str]]]:
-    """Tests that ran, each with ``gpu`` (the GPU's name, empty on a CPU), and the environments of the files."""
-    tests, environments = [], []
+def evidence(folder: Path = RESULTS) -> list[dict]:
+    """Tests that ran, each with ``gpu`` (the GPU's name, empty on a CPU), ``commit`` and ``date``."""
+    tests = []
     for path in sorted(folder.glob('compatibility_*.json')):
         data = json.loads(path.read_text(encoding='utf-8'))
         env = data['environment']
-        environments.append(env)
         gpu = env['gpu'] if int(env['gpus']) else ''
-        tests += [{**row, 'gpu': gpu, 'gpus': env['gpus']} for row in data['rows'] if row['outcome'] != 'skipped']
-    return tests, environments
+        tests += [{'commit': env['commit'], **row, 'gpu': gpu} for row in data['rows'] if row['outcome'] != 'skipped']
+    return tests
 
 
 def verdict(row: Row, tests: Sequence[Mapping[str, str]]) -> str:
@@ -58,8 +57,8 @@ def tables(tests: Sequence[Mapping[str, str]]) -> dict[str, list[list[str]]]:
     return found
 
 
-def origin(environments: Sequence[Mapping[str, str]]) -> str:
+def origin(tests: Sequence[Mapping[str, str]]) -> str:
     """What the tables are of."""
-    said = '; '.join(f'{env["gpus"]} x {env["gpu"]}' if int(env['gpus']) else 'CPU' for env in environments)
-    commits = ', '.join(dict.fromkeys(f'{env["commit"]} ({env["date"]})' for env in environments))
-    return f'*From runs on {said or "nothing yet"}; commits {commits or "none"}.*'
+    where = sorted({test['gpu'] or 'CPU' for test in tests})
+    commits = sorted({test['commit'] for test in tests})
+    return f'*From runs on {", ".join(where) or "nothing yet"}; commits {", ".join(commits) or "none"}.*'

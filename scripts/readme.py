@@ -104,10 +104,10 @@ def tensor_parallel_scales() -> str:
 
 def compatibility() -> str:
     """What works, section by section, with the tests that show it."""
-    tests, environments = evidence()
+    tests = evidence()
     header = ['what', 'state', 'tests passed']
     parts = [f'## {title}\n\n{table(header, lines)}' for title, lines in tables(tests).items()]
-    return '\n\n'.join([*parts, origin(environments)])
+    return '\n\n'.join([*parts, origin(tests)])
 
 
 def hooks() -> str:

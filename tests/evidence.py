@@ -1,11 +1,14 @@
 """pytest plugin: which tests are evidence for which row of docs/compatibility.md, and what became of them.
 
 ``pytest --evidence FILE`` writes the outcomes of the tests that carry ``@pytest.mark.covers(ROW, ...)`` as a result
-file (environment, rows). Outcomes in the file of tests that were not run again stay if they are of the same commit.
+file (environment, rows), each with the commit and the number of GPUs it was seen with. Outcomes in the file of tests
+that were not run again, or skipped this time, stay if they are of the same kind of GPU: a suite takes longer than the
+time on a GPU that there is at once.
 """
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -39,8 +42,8 @@ class Evidence:
         """Take a test's call, or whatever else of it did not pass."""
         rows = dict(report.user_properties).get(PROPERTY)
         if rows and (report.when == 'call' or report.outcome != 'passed'):
-            entry = self.rows.setdefault(report.nodeid, {'test': report.nodeid, 'covers': rows, 'outcome': 'passed',
-                                                         'seconds': 0.0})
+            test = re.sub(r'@\w+$', '', report.nodeid)  # without the group that xdist appends
+            entry = self.rows.setdefault(test, {'test': test, 'covers': rows, 'outcome': 'passed', 'seconds': 0.0})
             entry['seconds'] = round(entry['seconds'] + report.duration, 1)
             if report.outcome != 'passed' and entry['outcome'] != 'failed':  # a teardown that fails is a failure too
                 entry['outcome'] = report.outcome
@@ -53,10 +56,13 @@ class Evidence:
         if not self.rows:
             return
         before = json.loads(self.path.read_text()) if self.path.exists() else {'rows': [], 'environment': {}}
-        now = environment()
-        same = all(before['environment'].get(key) == now[key] for key in ('commit', 'gpu', 'gpus'))
-        kept = {row['test']: row for row in before['rows']} if same else {}
-        write_results(self.path.stem, [row for _, row in sorted({**kept, **self.rows}.items())], self.path.parent)
+        now, found = environment(), {}
+        if before['environment'].get('gpu') == now['gpu']:
+            found = {row['test']: row for row in before['rows']}
+        for test, row in self.rows.items():
+            if row['outcome'] != 'skipped' or test not in found:
+                found[test] = {**row, 'commit': now['commit'], 'gpus': now['gpus']}
+        write_results(self.path.stem, [row for _, row in sorted(found.items())], self.path.parent)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -58,6 +58,11 @@ class Architecture:
     longest: int | None = None
 
     @property
+    def windowed(self) -> bool:
+        """Whether layers of it have a sliding window."""
+        return self.changes.get('sliding_window') is not None
+
+    @property
     def text(self) -> dict[str, Any]:
         """The text model's configuration."""
         return {**_COMMON, **self.changes}
@@ -105,7 +110,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     'internlm2': Architecture('Llama', {'head_dim': HIDDEN // 4}, finish=_internlm2),
     'qwen3_next': Architecture('Qwen3Next', {**_LINEAR, **_MOE, 'shared_expert_intermediate_size': 64}, cached=1,
                                needs=('fla', 'tilelang')),
-    'qwen3_5': Architecture('Qwen3_5', {**_LINEAR, 'rope_parameters': {
+    'qwen3_5': Architecture('Qwen3_5', {**_LINEAR, 'attn_output_gate': True, 'rope_parameters': {
         'rope_type': 'default', 'rope_theta': 1e6, 'partial_rotary_factor': 0.25, 'mrope_section': [11, 11, 10],
         'mrope_interleaved': True}}, cached=1, head='ForConditionalGeneration', needs=('fla', 'tilelang'),
                             vision={**_VISION, 'hidden_size': 64, 'intermediate_size': 64, 'out_hidden_size': HIDDEN,

@@ -34,7 +34,7 @@ def compiled(tmp_path_factory):
                 [sys.executable, str(script), str(capability), str(folder / f'{capability}.json')],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment())
         capability, process = next(iter(running.items()))
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         del running[capability]
         assert process.returncode == 0, f'sm_{capability}:\n{output[-5000:]}'
         results[capability] = json.loads((folder / f'{capability}.json').read_text())

@@ -66,6 +66,10 @@ def test_outcomes_reach_the_file(tmp_path, workers):
         run(tmp_path, TESTS.replace("== 'y'", "== 'x'"), '--evidence', str(out), '-k', 'bad')
         again = {row['test'].partition('::')[2]: row['outcome'] for row in json.loads(out.read_text())['rows']}
         assert again == {name: 'passed' if 'bad' in name else row['outcome'] for name, row in found.items()}
+        skipped = TESTS.replace('def test_bad(name):', 'def test_bad(name): pytest.skip(name);')
+        run(tmp_path, skipped, '--evidence', str(out))
+        again = {row['test'].partition('::')[2]: row['outcome'] for row in json.loads(out.read_text())['rows']}
+        assert again['test_bad[x]'] == 'passed', 'a test that is skipped later keeps what was seen'
 
 
 def test_unknown_rows_are_an_error(tmp_path):
@@ -87,8 +91,8 @@ def test_verdicts(compatibility):
     assert compatibility.verdict(Row('arch.mla', 'x', refused='no'), [on['']]) == 'refused: no'
     lines = compatibility.tables([on['H200'], bad])[SECTIONS['arch']]
     assert lines[0] == ['Llama', '**fails**', '[a.py](../tests/a.py): 1 on GPU']
-    environment = {'gpu': 'H200', 'gpus': '2', 'commit': 'abc', 'date': 'today'}
-    assert '2 x H200; commits abc (today)' in compatibility.origin([environment])
+    seen = [{**test, 'commit': 'abc'} for test in on.values()]
+    assert 'CPU, H200; commits abc' in compatibility.origin(seen)
 
 
 def test_rows_have_sections_and_names_of_their_own():

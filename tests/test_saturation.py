@@ -239,7 +239,7 @@ def test_the_endpoint_shows_what_the_engine_sends(endpoint, ask):
 
 
 @pytest.mark.gpu
-def test_it_costs_less_than_a_percent():
+def test_it_costs_less_than_a_percent_alone():
     """Host time of a step, averaged over samples and steps without one: below 1 % of a 3 ms step."""
     cache, batch = sampled(STATIC[0], device='cuda'), inputs([2 * BLOCK] * 64, device='cuda')
     step(cache, batch, times=10 * saturation.EVERY)

@@ -216,13 +216,11 @@ def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
     block_n = 128 if max(cache.head_dim, cache.v_head_dim) <= 128 else 64
     if block_m > 8:
         return DecodeConfig(block_n, occupancy=4, num_warps=2)
+    # With fewer registers, what combines results spills; with more, fewer warps would run at once.
     sizes = cache.sizes()
-    if sizes['BLOCK_PV'] < 64 or sizes['BLOCK_DV'] <= 64:
-        # Each warp has 16 elements of a part of the output or more: four of them would do the same work twice.
-        return DecodeConfig(block_n, occupancy=8, num_warps=2, maxnreg=128)
-    if sizes['PARTSV'] == 1:
-        return DecodeConfig(block_n, occupancy=3, maxnreg=168)
-    return DecodeConfig(block_n, occupancy=4, maxnreg=128)
+    # Each warp has 16 elements of a part of the output or more: more warps would do the same work twice.
+    num_warps = 2 if sizes['BLOCK_PV'] < 64 or sizes['BLOCK_DV'] <= 64 else 4
+    return DecodeConfig(block_n, occupancy=12 // num_warps, num_warps=num_warps, maxnreg=168)
 
 
 @dataclass(frozen=True)

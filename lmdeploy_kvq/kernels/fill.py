@@ -272,16 +272,16 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
 def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, butterflies: bool) -> tuple[int, int]:
     """Rows per program, and its warps.
 
-    Butterflies want eight rows per warp. Every program that multiplies by a matrix reads it, so that there should not
-    be many more than multiprocessors.
+    Eight columns are the narrowest product, so that butterflies want eight rows or more. Every program that multiplies
+    by a matrix reads it, so that there should not be many more than multiprocessors.
     """
     if matrices:
         each = tokens * rows_per_token * cache.num_kv_heads // (2 * multiprocessors(cache.k_codes.device))
         tile = min(max(8, triton.next_power_of_2(each)), 64)
         return tile, 4 if tile <= 16 else 8
     if butterflies:
-        return (8, 1) if tokens <= 64 else (16, 2) if tokens <= 512 else (32, 4)
-    return (1, 1) if tokens <= 64 else (4, 2) if tokens <= 512 else (16, 4)
+        return (8, 2) if tokens <= 64 else (8, 1) if tokens <= 512 else (32, 4)
+    return (1, 1) if tokens <= 64 else (2, 1) if tokens <= 512 else (32, 4)
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
