@@ -7,7 +7,7 @@ ARGS ?=
 bin = $(VENV)/bin
 gpu_tests = $(shell grep -l 'mark.gpu' tests/test_*.py)
 
-.PHONY: env lint test test-gpu test-gpu-alone demo bench plots docs clean
+.PHONY: env lint test test-gpu test-gpu-kernels test-gpu-engines test-gpu-alone demo bench plots docs clean
 
 test: lint  ## everything that runs without a GPU, in an environment of its own
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile $(ARGS)
@@ -20,9 +20,13 @@ lint: env
 env:
 	@PYTHON=$(PYTHON) scripts/cpu_env.sh $(VENV)
 
-test-gpu:  ## the GPU half, with the Python that has torch, LMDeploy and this package
+test-gpu: test-gpu-kernels test-gpu-engines  ## the GPU half, with the Python that has torch, LMDeploy and this package
+
+test-gpu-kernels:
 	$(PYTHON) -m pytest -n $(JOBS) tests/test_fill.py tests/test_flatten.py tests/test_decode.py tests/test_merge.py \
-		tests/test_prefill.py tests/test_saturation.py tests/test_loading.py $(ARGS)
+		tests/test_prefill.py tests/test_saturation.py tests/test_loading.py -k 'not alone' $(ARGS)
+
+test-gpu-engines:  ## real engines: half an hour on 16 cores
 	$(PYTHON) -m pytest -n $(ENGINES) --dist loadgroup $(gpu_tests) -m gpu -k 'not alone' $(ARGS)
 
 test-gpu-alone:  ## what needs the GPU to itself: the server under load, memory, compute-sanitizer; twenty minutes

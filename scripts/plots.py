@@ -24,10 +24,10 @@ from matplotlib.transforms import Bbox
 ROOT = Path(__file__).resolve().parent.parent / 'benchmarks'
 SHAPE, PAGE = MAIN[0], 64
 FILL_SHAPE = '8x128'
-# Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell lines apart without any colour.
-OURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+# Okabe and Ito's colours and three of Tol's, apart for colour-blind readers; markers tell lines apart as well.
+OURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#882255', '#999933', '#332288')
 THEIRS = ('#404040', '#8C8C8C', '#B5B5B5', '#D5D5D5', '#E5E5E5')
-MARKERS = 'osD^vPX*'
+MARKERS = 'osD^vPXh*'
 COLUMNS = 5  # of a legend
 OWNER = 'lmdeploy_kvq'
 OWNERS = {'LMDeploy': ('#404040', 's'), 'vLLM': ('#8C8C8C', 'o'), 'Lloyd-Max': ('#B5B5B5', 'D')}  # colour, marker
@@ -110,14 +110,16 @@ def lines(panels: dict[str, Series], results: Results, title: str, xlabel: str, 
             colour, marker = style(line, labels)
             points = sorted(data[line].items())
             ticks.update(x for x, _ in points)
-            handles[line] = axis.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.6)[0]
+            # two points far apart say nothing of what is between them
+            handles[line] = axis.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.6,
+                                      linestyle='-' if len(points) > 2 else '')[0]
         axis.set(title=name, xscale='log', xlabel=xlabel)
         shown = apart(sorted(ticks), 4 if len(panels) > 3 else 5)
         axis.set_xticks(shown, [short(x) for x in shown])
         axis.minorticks_off()
     axes[0][0].set_ylim(0, max(1.15, axes[0][0].get_ylim()[1]))
     axes[0][0].set_ylabel('time, bf16 = 1')
-    axes[0][0].annotate(BF16, (0.98, 1), xycoords=('axes fraction', 'data'), xytext=(0, 3), textcoords='offset points',
+    axes[0][-1].annotate(BF16, (0.98, 1), xycoords=('axes fraction', 'data'), xytext=(0, 3), textcoords='offset points',
                         ha='right', fontsize=8)
     finish(figure, results, title, list(handles), list(handles.values()), path)
 
@@ -138,7 +140,7 @@ def bars(panels: dict[str, Series], results: Results, title: str, ylabel: str, p
             handles[line] = axis.bar(places, list(data[line].values()), width * 0.94, color=colour)
             if ceiling:
                 left, right = [p - width / 2 for p in places], [p + width / 2 for p in places]
-                handles['a plain read of the same bytes'] = axis.hlines(
+                handles['pure read'] = axis.hlines(
                     [ceiling[line][x] for x in data[line]], left, right, color='black', linewidth=1.5)
         if unit is not None:
             axis.axhline(unit, color='black', linewidth=1.2)

@@ -53,9 +53,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def formats() -> str:
     """One line per format: size from the table, accuracy and speed from the committed results."""
-    # Of ours only what the present kernels did; LMDeploy's are what they were.
-    accuracy = results('accuracy_engine')
-    decode = results('decode_rotated') + [row for row in results('decode') if row['contender'] != 'kvq']
+    accuracy, decode = results('accuracy_engine'), results('decode')
 
     def kl(policy: int, name: str) -> str:
         found = {r['domain']: r['mean_kl'] for r in accuracy if r['policy'] == policy and r['format'] == name}
@@ -231,10 +229,10 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
          'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
-         'compatibility': compatibility, 'plots': partial(plots, 'accuracy'),
+         'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
          'all-plots': partial(plots, folder='../benchmarks'),
-         'decode': decode, 'decode-rotated': partial(decode, 'formats', 'decode_rotated'),
+         'decode': decode,
          **{f'decode-{name}': partial(decode, name) for name in PRESETS if name != 'targets'}}
 
 

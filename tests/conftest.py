@@ -17,25 +17,32 @@ def pytest_configure(config):
     config.addinivalue_line('filterwarnings', 'ignore:Conversion of an array with ndim:DeprecationWarning:triton')
 
 
+def pytest_addoption(parser):
+    """The option."""
+    parser.addoption('--whole', action='store_true', help="all combinations of format and case of the kernels' tests, "
+                     'here: by default the interpreter takes one half, and a GPU the other')
+
+
 def pytest_collection_modifyitems(config, items):
-    """Skip tests marked ``gpu`` where kernels do not run on a GPU, and half of the combinations of kernels' tests."""
-    if _device() == 'cuda':
-        return
-    for item in items:
+    """Skip tests marked ``gpu`` where kernels do not run on a GPU; leave out half of the combinations."""
+    on_gpu = _device() == 'cuda'
+    for item in [] if on_gpu else items:
         if item.get_closest_marker('gpu'):
             item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
-    left_out = _black_squares([item for item in items if item.path.name in KERNELS])
-    items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=list(left_out))
+    if not config.getoption('--whole'):
+        left_out = _squares([item for item in items if item.path.name in KERNELS], white=on_gpu)
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 KERNELS = ('test_decode.py', 'test_fill.py', 'test_flatten.py')
 
 
-def _black_squares(items) -> set:
-    """Where a test has formats on one axis and cases on others, every other combination: Triton's interpreter is slow.
+def _squares(items, white: bool) -> set:
+    """Where a test has formats on one axis and cases on others, every other combination: the interpreter is slow, and
+    a GPU's time goes into compiling.
 
-    Every format meets half of the cases, and every case half of the formats.
+    Every format meets half of the cases, and every case half of the formats; the white squares are the other half.
     """
     found, axes = set(), {}
     for item in items:
@@ -44,7 +51,7 @@ def _black_squares(items) -> set:
             case = repr([value for name, value in params.items() if name != 'fmt'])
             formats, cases = axes.setdefault(item.originalname, ({}, {}))
             row, column = formats.setdefault(params['fmt'].name, len(formats)), cases.setdefault(case, len(cases))
-            if (row + column) % 2:
+            if (row + column) % 2 != white:
                 found.add(item)
     # what has formats on its only axis stays whole
     return {item for item in found if len(axes[item.originalname][1]) > 1}
