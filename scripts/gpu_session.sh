@@ -2,7 +2,7 @@
 # Everything that needs one GPU. Results and logs go to a folder; copy its JSON files to benchmarks/results.
 # Usage: gpu_session.sh OUT PART...   (SmolLM2 in ~/models/smollm2; KVQ_COMMIT names the commit where git does not)
 #   verify  kernel tests, engine matrix, accuracy, scales, side by side: about twelve minutes
-#   bench   decode and fill, timed alone: about four minutes
+#   bench   decode and fill, timed alone, and counters of decode: about five minutes
 #   engine  an 8B model end to end, and prefill: about eight minutes
 #   faults  killed engines, hostile requests, model folders side by side, then memory: about five minutes
 #   soak    three servers under load, side by side: about nine minutes
@@ -33,7 +33,8 @@ for part in "$@"; do
     run 120 demo make --no-print-directory demo ;;
   bench)
     run 300 decode python3 scripts/bench_decode.py --preset all --out "$out"
-    run 100 fill python3 scripts/bench_fill.py --out "$out" ;;
+    run 100 fill python3 scripts/bench_fill.py --out "$out"
+    run 90 counters python3 scripts/profile_decode.py --out "$out" ;;
   engine)
     run 500 engine python3 scripts/bench_engine.py --out "$out" \
       --policies none,fp8_per_token_head,int8_per_token_head,int4_per_token_head
