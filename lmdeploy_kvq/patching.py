@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.machinery
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,10 @@ class Patch:
 
 
 def wrap(module: str, target: str, parameters: str, wrapper: Callable[..., Any], why: str) -> Patch:
-    """A row that replaces a function (or static or class method) by ``wrapper(original, *args, **kwargs)``."""
+    """A row that replaces a function (or static or class method) by ``wrapper(original, *args, **kwargs)``.
+
+    Of a coroutine function, the wrapper is one as well.
+    """
     *parents, leaf = target.split('.')
 
     def apply(loaded: ModuleType) -> Undo:
@@ -53,7 +57,12 @@ def wrap(module: str, target: str, parameters: str, wrapper: Callable[..., Any],
         def patched(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        setattr(owner, leaf, kind(patched) if kind else patched)
+        @functools.wraps(original)
+        async def patched_coroutine(*args: Any, **kwargs: Any) -> Any:
+            return await wrapper(original, *args, **kwargs)
+
+        new = patched_coroutine if inspect.iscoroutinefunction(original) else patched
+        setattr(owner, leaf, kind(new) if kind else new)
         return lambda: setattr(owner, leaf, raw)
 
     return Patch(module, target, tuple(parameters.replace(',', ' ').split()), apply, why, wrapper)
@@ -77,7 +86,7 @@ def mismatch(patch: Patch, source: Path) -> str | None:
         body = getattr(node, 'body', [])
     if patch.parameters is None:
         return None
-    if not isinstance(node, ast.FunctionDef):
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return f'{patch.name} is not a function'
     found = tuple(a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
     if found != patch.parameters:
@@ -86,7 +95,7 @@ def mismatch(patch: Patch, source: Path) -> str | None:
 
 
 def _defined(node: ast.AST) -> tuple[str, ...]:
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return (node.name, )
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return tuple(t.id for t in targets if isinstance(t, ast.Name))

@@ -64,6 +64,7 @@ ROWS = (
     Row('parallel.tp4', 'tp=4'),
     Row('parallel.replicated', 'Fewer KV heads than tp: heads replicated'),
     Row('parallel.scales', 'Scales and transforms per head under tp'),
+    Row('parallel.metrics', 'Saturation at the metrics endpoint under tp'),
     Row('parallel.dp', 'Data parallel engines (dp)'),
     Row('parallel.transfer', 'Prefill and decode separated, KV connectors: formats and scales compared at both ends',
         needs_gpu=False),

@@ -145,6 +145,16 @@ def test_the_metrics_endpoint_shows_saturation():
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
+@pytest.mark.xdist_group('two')
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.covers('parallel.metrics')
+def test_two_gpus_show_saturation_at_the_metrics_endpoint():
+    """The counts of a worker in a process of its own, through Ray."""
+    done = subprocess.run([sys.executable, SCRIPTS / 'saturation_check.py', '--model', MODEL, '--tp', '2'], text=True,
+                          capture_output=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
 def test_calibrated_transforms_gain_through_the_engine(tmp_path):
     """By the command, in LMDeploy's engine: what a gain is stands in scripts/transform_gain.py."""
     done = subprocess.run([sys.executable, SCRIPTS / 'transform_gain.py', '--model', MODEL, '--out', tmp_path],

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
+import pickle
 import time
 import weakref
 from types import SimpleNamespace
@@ -173,6 +175,90 @@ def test_the_model_agent_has_the_configuration_of_the_scheduler():
     agent.spec_agent, agent.memdecode_agent = SimpleNamespace(set_cache_config=lambda config: None), None
     executor.set_cache_config(config, None)
     assert agent.cache_config is config
+
+
+class Output:
+    """What LMDeploy's agent waits for before it takes an output."""
+
+    def query(self):
+        return True
+
+    def wait(self):
+        pass
+
+
+def output_of(cache):
+    """An output of a worker's step, from LMDeploy's agent, as it arrives in the engine's process through Ray."""
+    from lmdeploy.pytorch.engine.model_agent.agent import BaseModelAgent, BatchedOutputs
+    agent = BaseModelAgent.__new__(BaseModelAgent)
+    agent.cache_config, agent.out_stream, agent._out_que = cache.cache_config, None, asyncio.Queue()
+    agent._release_completed_h2d_transfers = lambda: None
+    output = BatchedOutputs(next_token_ids=torch.tensor([3]), stopped=torch.tensor([False]))
+    agent._out_que.put_nowait((output, Output()))
+    assert inspect.iscoroutinefunction(BaseModelAgent.get_output_async), 'still one'
+    sent = asyncio.run(agent.get_output_async())
+    return pickle.loads(pickle.dumps(sent.to_numpy())).to_tensor()
+
+
+def worker_of(config, **options):
+    """A worker's cache: its configuration is a pickled copy, made before there is a sampler, in another process."""
+    copy = pickle.loads(pickle.dumps(config))
+    assert getattr(copy, saturation.HOME) == saturation.PROCESS
+    setattr(copy, saturation.HOME, 'another process')
+    return Cache(STATIC[0], config=copy, **options)
+
+
+def taken(engine, output):
+    """LMDeploy's engine loop is given an output; what it makes of it is not of interest here."""
+    loop = SimpleNamespace(scheduler=engine.scheduler)
+    return saturation.take(lambda loop, outputs, **rest: outputs, loop, output, running=[])
+
+
+@pytest.mark.covers('parallel.metrics')
+def test_counts_of_a_worker_come_with_its_outputs():
+    """Tensor parallelism and Ray: once per sample, and the engine answers with them; other formats are not marked."""
+    config = cache_config(STATIC[0])
+    saturation.mark(config)
+    engine, worker = engine_of(config), worker_of(config)
+    engine.get_schedule_metrics()  # the server asks: here, nothing runs that could be sampled
+    step(worker, inputs([BLOCK]))
+    before = time.time()
+    output = taken(engine, output_of(worker))
+    assert type(output.new_token_timestamp) is float and before <= output.new_token_timestamp <= time.time()
+    assert counts(SimpleNamespace(cache_config=config)) == worker.cache_config.lmdeploy_kvq_saturation.latest
+    assert shares(SimpleNamespace(cache_config=config))[0, 'k'] == 1.0
+    assert type(output_of(worker).new_token_timestamp) is float, 'nothing new'
+    step(worker, inputs([BLOCK]), times=saturation.EVERY)
+    assert isinstance(output_of(worker).new_token_timestamp, saturation.Stamp)
+    other = cache_config(next(fmt for fmt in FORMATS if fmt.per_token_head))
+    saturation.mark(other)
+    assert not hasattr(other, saturation.HOME)
+
+
+def test_the_first_rank_alone_samples():
+    """Outputs of the others are not read; what a configuration brings along from the engine is not taken for one."""
+    from lmdeploy.pytorch.distributed import DistContext, DistGroup, get_dist_manager
+    config = cache_config(STATIC[0])
+    saturation.mark(config)
+    setattr(config, saturation.ATTRIBUTE, saturation.Relay([]))
+    for rank in (0, 1):
+        worker = worker_of(config)
+        with get_dist_manager().context(DistContext(rank=rank, attn_tp_group=DistGroup(rank=rank))):
+            step(worker, inputs([BLOCK]), times=2)
+        assert isinstance(getattr(worker.cache_config, saturation.ATTRIBUTE), saturation.Sampler) is (rank == 0)
+        assert isinstance(output_of(worker).new_token_timestamp, saturation.Stamp) is (rank == 0)
+
+
+def test_an_engine_in_the_same_process_is_asked():
+    """One GPU without Ray: marked too, and sampled only once somebody asks; counts do not travel with outputs."""
+    config = cache_config(STATIC[0])
+    saturation.mark(config)
+    cache = Cache(STATIC[0], config=config)
+    step(cache, inputs([BLOCK]))
+    assert getattr(config, saturation.ATTRIBUTE, None) is None
+    engine_of(config).get_schedule_metrics()
+    step(cache, inputs([BLOCK]))
+    assert counts(cache)[0][0][0] and type(output_of(cache).new_token_timestamp) is float
 
 
 async def _ask_over_zmq(engine, ask):

@@ -14,6 +14,7 @@ from .checkpoints import advise, declares_fp8_cache
 from .drafts import draft_folder
 from .loading import check_file, scale_path
 from .prefill import prefill_reads_cache
+from .saturation import mark
 
 _NO_SCALES = ('MiniCPM3ForCausalLM', 'DeepseekV4ForCausalLM')
 """Architectures whose attention does not pass the cache's scale tensors on."""
@@ -28,6 +29,7 @@ def finalize_cache_policy(original: Callable[..., None], model_configs: Sequence
         check(model_config, cache_config, scale_path(getattr(model_config.hf_config, 'name_or_path', '')))
     fmt = find_format(cache_config.quant_policy)
     if fmt is not None:
+        mark(cache_config)
         prefill_reads_cache()  # a value that cannot be read is refused here, not by the first prompt
         for model_config in model_configs:
             check_model(fmt, model_config, cache_config)

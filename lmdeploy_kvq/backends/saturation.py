@@ -4,10 +4,15 @@ Every few steps the newest full pages of some sequences are read for one layer, 
 its CUDA graphs, and counted on the device. The server asks its engine for the scheduler's metrics every ten seconds,
 in its own process or across to the engine's; the counts travel with the answer, and LMDeploy's metrics endpoint shows
 them. Where nobody asks (metrics are off, a pipeline), nothing is sampled.
+
+Models that run in processes of their own (tensor parallelism, Ray) cannot be asked. There the first rank samples its
+own heads, asked or not, and its counts reach the engine with the output of a step.
 """
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +30,12 @@ ATTRIBUTE = 'lmdeploy_kvq_saturation'
 """What we add to two objects of LMDeploy: the sampler of a cache to its CacheConfig (the scheduler and the cache engine
 share it where they share the process, a draft model's cache has another), the counts to each ScheduleMetrics (pickled
 with everything it has on its way to the server)."""
+
+HOME = 'lmdeploy_kvq_home'
+"""What we add to the CacheConfig of a format with static scales, before workers get copies of it: its PROCESS."""
+
+PROCESS = uuid.uuid4().hex
+"""This process, as no other calls itself."""
 
 Counts = list[list[list[int]]]
 """Per layer, of K and of V: codes at the limit, and codes in all."""
@@ -63,9 +74,11 @@ class _Tally:
 class Sampler:
     """Counts the codes of one engine's cache, of which it keeps nothing: a sleeping engine gives its pages back."""
 
-    def __init__(self, fmt: KVFormat):
+    def __init__(self, fmt: KVFormat, remote: bool = False):
+        self.remote = remote  # the engine is in another process
         self.limits = [limit_codes(encoding.codec) for encoding in (fmt.key, fmt.value)]
         self.step_number = 0
+        self.fresh = False  # there are counts that nobody has sent
         self.tally: _Tally | None = None  # until the first step, which knows layers and device
 
     @property
@@ -99,9 +112,78 @@ class Sampler:
             counts[layer, which, 0] += (hits * (full > 0)).sum()
             counts[layer, which, 1] += (full > 0).sum() * codes.size(1)
         self.tally.copy()
+        self.fresh = True
+
+
+# In the process of the model.
+
+class Stamp(float):
+    """The time of an output, and counts: of all that an output has, only plain values cross processes as they are."""
+    counts: Counts | None = None
+
+
+def _worker(cache_config: Any) -> Sampler | None:
+    """The sampler of a model in a process of its own; None on ranks whose outputs nobody reads."""
+    from lmdeploy.pytorch.distributed import get_dist_manager
+    fmt, context = find_format(cache_config.quant_policy), get_dist_manager().current_context()
+    first = not getattr(context.attn_tp_group, 'rank', context.rank)
+    sampler = Sampler(fmt, remote=True) if fmt is not None and first else None
+    setattr(cache_config, ATTRIBUTE, sampler)  # also over what came along from the engine
+    setattr(cache_config, HOME, PROCESS)
+    return sampler
+
+
+def model_forward(original: Callable[..., Any], model: Any, inputs: Any, model_config: Any, cache_engine: Any,
+                  state_cache_engine: Any, stream: Any = None, cache_inputs: Any = None) -> Any:
+    """One step of the engine's model, sometimes followed by a sample."""
+    output = original(model, inputs, model_config, cache_engine, state_cache_engine, stream=stream,
+                      cache_inputs=cache_inputs)
+    config = cache_engine.cache_config
+    sampler = getattr(config, ATTRIBUTE, None)
+    if getattr(config, HOME, PROCESS) != PROCESS:
+        sampler = _worker(config)
+    if sampler is not None and not inputs.is_dummy:
+        kv_lens = inputs.history_lengths + inputs.seq_length
+        if inputs.num_ignored_history is not None:
+            kv_lens = kv_lens - inputs.num_ignored_history
+        with torch.cuda.stream(stream):  # of None: the current one stays
+            sampler.step(cache_engine.gpu_cache, inputs.block_offsets, kv_lens, config.kernel_block_size)
+    return output
+
+
+async def send(original: Callable[[Any], Any], agent: Any) -> Any:
+    """``BaseModelAgent.get_output_async``: an output takes new counts along where the engine is elsewhere."""
+    output = await original(agent)
+    sampler = getattr(agent.cache_config, ATTRIBUTE, None)
+    if isinstance(sampler, Sampler) and sampler.remote and sampler.fresh and hasattr(output, 'new_token_timestamp'):
+        output.new_token_timestamp = Stamp(output.new_token_timestamp)
+        output.new_token_timestamp.counts, sampler.fresh = sampler.latest, False
+    return output
 
 
 # In the engine's process.
+
+@dataclass
+class Relay:
+    """The counts that last came from a worker, in the place of a sampler."""
+    latest: Counts | None
+
+
+def mark(cache_config: Any) -> None:
+    """Before workers get their copies of it: whose configuration this is."""
+    fmt = find_format(cache_config.quant_policy)
+    if fmt is not None and fmt.needs_scales:
+        setattr(cache_config, HOME, PROCESS)
+
+
+def take(original: Callable[..., Any], loop: Any, batched_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """``EngineLoop._make_infer_outputs``: take the counts out of an output."""
+    stamp = batched_outputs.new_token_timestamp
+    if isinstance(stamp, Stamp):
+        setattr(loop.scheduler.cache_config, ATTRIBUTE, Relay(stamp.counts))
+        batched_outputs.new_token_timestamp = float(stamp)
+    return original(loop, batched_outputs, *args, **kwargs)
+
 
 def schedule_metrics(original: Callable[[Any], Any], engine: Any) -> Any:
     """``Engine.get_schedule_metrics``: the first call starts sampling, every call takes the counts along."""
@@ -116,22 +198,6 @@ def schedule_metrics(original: Callable[[Any], Any], engine: Any) -> Any:
     if fmt is not None and fmt.needs_scales:  # where scales follow the values, a code per row is at the limit
         setattr(engine.cache_config, ATTRIBUTE, Sampler(fmt))
     return found
-
-
-def model_forward(original: Callable[..., Any], model: Any, inputs: Any, model_config: Any, cache_engine: Any,
-                  state_cache_engine: Any, stream: Any = None, cache_inputs: Any = None) -> Any:
-    """One step of the engine's model, sometimes followed by a sample."""
-    output = original(model, inputs, model_config, cache_engine, state_cache_engine, stream=stream,
-                      cache_inputs=cache_inputs)
-    sampler = getattr(cache_engine.cache_config, ATTRIBUTE, None)
-    if sampler is not None and not inputs.is_dummy:
-        kv_lens = inputs.history_lengths + inputs.seq_length
-        if inputs.num_ignored_history is not None:
-            kv_lens = kv_lens - inputs.num_ignored_history
-        with torch.cuda.stream(stream):  # of None: the current one stays
-            sampler.step(cache_engine.gpu_cache, inputs.block_offsets, kv_lens,
-                         cache_engine.cache_config.kernel_block_size)
-    return output
 
 
 # In the server's process.
