@@ -65,18 +65,22 @@ def test_every_kernel_compiles(compiled, fmt, capability, kernel, launches):
         assert result['cubin'] > 0 and 0 <= result['shared'] <= SHARED_LIMIT[capability]
 
 
+@EACH
 @FORMATS
-def test_a_multiprocessor_holds_as_many_decode_programs_as_it_is_given(compiled, fmt):
+def test_a_multiprocessor_holds_as_many_decode_programs_as_it_is_given(compiled, fmt, capability, monkeypatch):
     """What the launcher counts on: one wave.
 
-    H100 and H200: 65,536 registers and 228 KiB of shared memory, 1 KiB of which each program loses to the driver.
+    65,536 registers; 1 KiB of the shared memory is the driver's for each program. The H200's is what was measured.
     """
-    for result, case in zip(compiled(90, fmt, 'decode'), (plain, everything), strict=True):
+    from lmdeploy_kvq.kernels import decode
+    monkeypatch.setattr(decode, 'shared_memory', lambda device: SHARED_LIMIT[capability] + 1024)
+    for result, case in zip(compiled(capability, fmt, 'decode'), (plain, everything)):
         block_size, dims = CASES[case]
         cache = kvq.PagedCache.allocate(fmt, 1, block_size, 8, *dims, device='cpu')
-        programs = default_config(cache, result['block_m']).occupancy
-        assert programs * (result['shared'] + 1024) <= 228 * 1024
-        assert programs * 32 * result['num_warps'] * (result['maxnreg'] or 255) <= 65536
+        config = default_config(cache, result['block_m'])
+        fit = (SHARED_LIMIT[capability] + 1024) // (result['shared'] + 1024)
+        assert config.occupancy == min(fit, (8 if result['block_m'] > 8 else 12) // config.num_warps)
+        assert config.occupancy * 32 * result['num_warps'] * (result['maxnreg'] or 255) <= 65536
 
 
 @EACH

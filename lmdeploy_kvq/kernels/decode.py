@@ -16,7 +16,7 @@ from .attend import LOG2E, attend, load_queries, normalize_queries, prefetch_til
 from .codecs import decoding, device_codec
 from .combine import FAN, STATISTICS, combine_partials, finish, store_partial
 from .fill import DecodeInputs, TokenLayout, fill
-from .launch import check_device, compute_capability, dependent_launch, multiprocessors
+from .launch import check_device, compute_capability, dependent_launch, multiprocessors, shared_memory
 from .rotation import operand
 from .tiles import first_program, program_share, visible_tiles
 
@@ -212,15 +212,21 @@ class DecodeConfig:
 
 
 def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
-    """Launch parameters for a cache and a number of query rows per program."""
+    """Launch parameters for a cache, its GPU, and a number of query rows per program."""
+    sizes = cache.sizes()
     block_n = 128 if max(cache.head_dim, cache.v_head_dim) <= 128 else 64
     if block_m > 8:
-        return DecodeConfig(block_n, occupancy=4, num_warps=2)
-    # With fewer registers, what combines results spills; with more, fewer warps would run at once.
-    sizes = cache.sizes()
-    # Each warp has 16 elements of a part of the output or more: more warps would do the same work twice.
-    num_warps = 2 if sizes['BLOCK_PV'] < 64 or sizes['BLOCK_DV'] <= 64 else 4
-    return DecodeConfig(block_n, occupancy=12 // num_warps, num_warps=num_warps, maxnreg=168)
+        occupancy, num_warps, maxnreg = 4, 2, None
+    else:
+        # Each warp has 16 elements of a part of the output or more: more warps would do the same work twice. With fewer
+        # registers, what combines results spills; with more, fewer warps would run at once.
+        num_warps = 2 if sizes['BLOCK_PV'] < 64 or sizes['BLOCK_DV'] <= 64 else 4
+        occupancy, maxnreg = 12 // num_warps, 168
+    # Beside a tile of K and V, what crosses warps, and 1 KiB for the driver: GPUs without 228 KiB hold fewer programs.
+    need = block_n * (sizes['BLOCK_P'] + sizes['BLOCK_PV']) + 512 * block_m + (
+        2048 if sizes['PARTS'] == sizes['PARTSV'] == 1 else 3072)
+    occupancy = max(1, min(occupancy, shared_memory(cache.k_codes.device) // need))
+    return DecodeConfig(block_n, occupancy=occupancy, num_warps=num_warps, maxnreg=maxnreg)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,22 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _gpu(index: int) -> tuple[int, int]:
+def _gpu(index: int) -> tuple[int, int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
+    largest = triton.runtime.driver.active.utils.get_device_properties(index)['max_shared_mem']  # of one program
+    return properties.major * 10 + properties.minor, properties.multi_processor_count, largest + 1024
+
+
+def _of(device: torch.device) -> tuple[int, int, int]:
+    """Compute capability, multiprocessors, and bytes of shared memory of each; invented ones in the interpreter."""
+    if device.type != 'cuda' or interpreted():
+        return 0, 4, 228 << 10  # few multiprocessors, so that splits get tested
+    return _gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def compute_capability(device: torch.device) -> int:
     """Compute capability of a CUDA device as an integer (90 for sm_90); 0 (portable code) in the interpreter."""
-    return _gpu(device.index if device.index is not None else torch.cuda.current_device())[0] if _is_gpu(device) else 0
+    return _of(device)[0]
 
 
 def dependent_launch(cap: int) -> dict[str, bool]:
@@ -32,12 +40,13 @@ def dependent_launch(cap: int) -> dict[str, bool]:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; in the interpreter a small number, so that splits get tested."""
-    return _gpu(device.index if device.index is not None else torch.cuda.current_device())[1] if _is_gpu(device) else 4
+    """Streaming multiprocessors of a CUDA device; in the interpreter a small number."""
+    return _of(device)[1]
 
 
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == 'cuda' and not interpreted()
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of each multiprocessor of a CUDA device; an H200's in the interpreter."""
+    return _of(device)[2]
 
 
 def check_device(tensor: torch.Tensor) -> None:
