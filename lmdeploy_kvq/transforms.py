@@ -85,11 +85,12 @@ def _product(rows: torch.Tensor, matrix: torch.Tensor, exact: bool) -> torch.Ten
     """fp32 rows [..., heads, dim] times matrix [heads or 1, dim, dim].
 
     Unless ``exact``, rows are rounded to fp16 as multiples of a power of two near their largest element, which changes
-    bf16 rows only where they are 2^-14 of the largest or less.
+    bf16 rows only where they are 2^-14 of the largest or less. Products of exact rows are summed in fp64: fp32 sums
+    depend on their order, which depends on how many rows there are, and a row's codes must not.
     """
     rows, matrix = rows.float(), matrix.float().expand(rows.size(-2), -1, -1)
     if exact:
-        return torch.einsum('...hi,hij->...hj', rows, matrix)
+        return torch.einsum('...hi,hij->...hj', rows.double(), matrix.double()).float()
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=2.0**-126)
     power = torch.exp2(torch.frexp(largest)[1] - 1.0)
     return torch.einsum('...hi,hij->...hj', (rows / power).half().float(), matrix) * power
