@@ -58,7 +58,7 @@ class Evidence:
         before = json.loads(self.path.read_text()) if self.path.exists() else {'rows': [], 'environment': {}}
         now, found = environment(), {}
         if before['environment'].get('gpu') == now['gpu']:
-            found = {row['test']: row for row in before['rows']}
+            found = {row['test']: {'commit': before['environment']['commit'], **row} for row in before['rows']}
         for test, row in self.rows.items():
             if row['outcome'] != 'skipped' or test not in found:
                 found[test] = {**row, 'commit': now['commit'], 'gpus': now['gpus']}
