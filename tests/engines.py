@@ -175,7 +175,7 @@ def problems(figures: Figures) -> list[str]:
                 ('decoding against prefill', figures.against_prefill[name], 0, 3 * mixed)):
             if not least <= value <= most:
                 found.append(f'{name}: {what} {value:.3g}, must be between {least:.3g} and {most:.3g}')
-        if figures.compared[name] < figures.sequences / 4:
+        if figures.compared[name] < figures.sequences:
             found.append(f'{name}: only {figures.compared[name]} predictions after the same tokens')
     for name, value in figures.graph.items():
         if not value <= 2 * (noise + (noise * figures.expected.get(name, 0))**.5):
