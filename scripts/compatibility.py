@@ -14,7 +14,7 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 
 
 def evidence(folder: Path = RESULTS) -> list[dict]:
-    """Tests that ran, each with ``gpu`` (the GPU's name, empty on a CPU), ``commit`` and ``date``."""
+    """Tests that ran, each with ``gpu`` (the GPU's name, empty on a CPU) and ``commit``."""
     tests = []
     for path in sorted(folder.glob('compatibility_*.json')):
         data = json.loads(path.read_text(encoding='utf-8'))

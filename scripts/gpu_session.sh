@@ -19,7 +19,7 @@ run() {  # run SECONDS NAME COMMAND...: log to OUT/NAME.log, then its last lines
 for part in "$@"; do
   case $part in
   verify)
-    run 330 kernels python3 -m pytest -q -n 6 -p no:cacheprovider tests/test_{fill,flatten,decode,merge,prefill,loading}.py &
+    run 330 kernels make --no-print-directory test-gpu-kernels JOBS=6 &
     run 330 matrix python3 scripts/engine_matrix.py --jobs 7 --out "$out" &
     wait
     run 300 accuracy python3 scripts/eval_engine.py --jobs 8 --out "$out" &

@@ -7,7 +7,7 @@
 A row is FORMAT:SHAPE:LOAD, as bench_decode.py names them. Prints and writes profile_decode.json: time, bytes that came
 from memory, share of its peak bandwidth, issue slots in use, and for what a warp waited, in cycles per instruction it
 issued. Times are longer than those of bench_decode.py, for ncu empties the caches and launches the kernel alone.
-Needs counters: METHOD and permissions are the machine's; clocks are left alone.
+Clocks are left alone. Needs ncu on the PATH, and leave to read counters.
 """
 from __future__ import annotations
 

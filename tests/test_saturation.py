@@ -200,12 +200,12 @@ def output_of(cache):
     return pickle.loads(pickle.dumps(sent.to_numpy())).to_tensor()
 
 
-def worker_of(config, **options):
+def worker_of(config):
     """A worker's cache: its configuration is a pickled copy, made before there is a sampler, in another process."""
     copy = pickle.loads(pickle.dumps(config))
     assert getattr(copy, saturation.HOME) == saturation.PROCESS
     setattr(copy, saturation.HOME, 'another process')
-    return Cache(STATIC[0], config=copy, **options)
+    return Cache(STATIC[0], config=copy)
 
 
 def taken(engine, output):

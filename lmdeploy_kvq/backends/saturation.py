@@ -115,6 +115,12 @@ class Sampler:
         self.fresh = True
 
 
+def _counted(cache_config: Any) -> KVFormat | None:
+    """A cache's format if its codes are counted: where scales follow the values, a code per row is at the limit."""
+    fmt = find_format(cache_config.quant_policy)
+    return fmt if fmt is not None and fmt.needs_scales else None
+
+
 # In the process of the model.
 
 class Stamp(float):
@@ -125,7 +131,7 @@ class Stamp(float):
 def _worker(cache_config: Any) -> Sampler | None:
     """The sampler of a model in a process of its own; None on ranks whose outputs nobody reads."""
     from lmdeploy.pytorch.distributed import get_dist_manager
-    fmt, context = find_format(cache_config.quant_policy), get_dist_manager().current_context()
+    fmt, context = _counted(cache_config), get_dist_manager().current_context()
     first = not getattr(context.attn_tp_group, 'rank', context.rank)
     sampler = Sampler(fmt, remote=True) if fmt is not None and first else None
     setattr(cache_config, ATTRIBUTE, sampler)  # also over what came along from the engine
@@ -171,8 +177,7 @@ class Relay:
 
 def mark(cache_config: Any) -> None:
     """Before workers get their copies of it: whose configuration this is."""
-    fmt = find_format(cache_config.quant_policy)
-    if fmt is not None and fmt.needs_scales:
+    if _counted(cache_config) is not None:
         setattr(cache_config, HOME, PROCESS)
 
 
@@ -194,8 +199,8 @@ def schedule_metrics(original: Callable[[Any], Any], engine: Any) -> Any:
     if sampler is not None:
         setattr(found, ATTRIBUTE, sampler.latest)
         return found
-    fmt = find_format(engine.cache_config.quant_policy)
-    if fmt is not None and fmt.needs_scales:  # where scales follow the values, a code per row is at the limit
+    fmt = _counted(engine.cache_config)
+    if fmt is not None:
         setattr(engine.cache_config, ATTRIBUTE, Sampler(fmt))
     return found
 
