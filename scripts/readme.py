@@ -72,7 +72,7 @@ def formats() -> str:
               speed('lmdeploy', policy)] for name, policy, bits in (('fp8', 16, '8'), ('int8', 8, '8.25'),
                                                                     ('int4', 4, '4.25'))]
     return table(['format', 'policy', 'bits per element', 'tokens per byte', 'KL prose / technical', 'decode time'],
-                 rows)
+                 rows) + measured('accuracy_engine', 'decode')
 
 
 def format_facts() -> str:
@@ -212,7 +212,7 @@ def accuracy() -> str:
     header = ['format', 'K transform', 'bytes per token', *(f'{what}, {domain}' for what in
                                                             ('KL', 'perplexity', 'same top token')
                                                             for domain in domains)]
-    return table(header, lines) if lines else NOT_MEASURED
+    return table(header, lines) + measured('accuracy_cpu') if lines else NOT_MEASURED
 
 
 def accuracy_targets() -> str:
