@@ -10,6 +10,7 @@ compile the kernels first, several at a time.
   scripts/bench_decode.py --preset all                     everything the targets are about
   scripts/bench_decode.py --preset targets,cliff           a part; --append keeps the file's other rows of this build
   scripts/bench_decode.py --shapes 32x8x128 --loads 64x4096 --contenders kvq:fp8_per_token_head,lmdeploy:0
+  scripts/bench_decode.py --preset peers --name decode_peers   FlashInfer, which compiles for a minute first
 """
 from __future__ import annotations
 
@@ -259,7 +260,11 @@ def run(todo: Combos, config: dict | None = None, check: bool = True) -> list[di
         loads = Load.build_all(list(specs), page, 2 * kv_heads * dim)
         for name, launches in contenders.items():
             kind, _, policy = name.partition(':')
-            contender = KINDS[kind](policy, next(iter(loads.values())), page, kv_heads, dim, config or {})
+            try:
+                contender = KINDS[kind](policy, next(iter(loads.values())), page, kv_heads, dim, config or {})
+            except ImportError as error:
+                print(f'{name}: {error}')
+                continue
             for (spec, query_len), preset in launches.items():
                 load = loads[spec]
                 payload = int(contender.bytes_per_token * int(load.lens.sum()))
@@ -302,7 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, kind in (('shapes', str), ('loads', str), ('pages', int), ('query-lens', int), ('contenders', str)):
         parser.add_argument(f'--{flag}', type=lambda s, kind=kind: tuple(map(kind, s.split(','))))
-    parser.add_argument('--preset', help=f'{", ".join(PRESETS)}, several with commas, or all')
+    parser.add_argument('--preset', help=f'{", ".join(PRESETS)}, several with commas, or all but peers')
     parser.add_argument('--jobs', type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)),
                         help='processes that compile first, 0: none')
     parser.add_argument('--append', action='store_true', help="keep the file's rows that are not measured anew")
@@ -311,7 +316,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.preset:
-        names = list(PRESETS) if args.preset == 'all' else args.preset.split(',')
+        names = [name for name in PRESETS if name != 'peers'] if args.preset == 'all' else args.preset.split(',')
         if unknown := set(names) - set(PRESETS):
             parser.error(f'no preset {", ".join(sorted(unknown))}; there are {", ".join(PRESETS)}, all')
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)

@@ -43,6 +43,33 @@ def batch(load: str, page: int) -> tuple[torch.Tensor, ...]:
     return q_start.cuda(), q_lens.cuda(), lens.cuda(), table.cuda(), len(lens) * width + 1, query_len
 
 
+def make_data(tokens: int, heads: int, dim: int) -> list[torch.Tensor]:
+    """COPIES of new K and V, bf16 [2, tokens, heads, dim]."""
+    return [torch.randn((2, tokens, heads, dim), dtype=torch.bfloat16, device='cuda') for _ in range(COPIES)]
+
+
+class Ours:
+    """Our kernel on one format: COPIES of the cache, so that a write never finds the last one's lines."""
+
+    def __init__(self, name: str, load: str, page: int, heads: int, dim: int,
+                 data: list[torch.Tensor] | None = None) -> None:
+        q_start, q_lens, lens, table, blocks, query_len = batch(load, page)
+        tokens = int(q_lens.sum())
+        self.data = make_data(tokens, heads, dim) if data is None else data
+        self.caches = [kvq.PagedCache.allocate(name, blocks, page, heads, dim) for _ in range(COPIES)]
+        self.layout = TokenLayout(q_start=q_start, q_lens=q_lens, kv_lens=lens, block_table=table,
+                                  uniform_query_len=query_len)
+        self.inputs: list = [None] * COPIES
+        if query_len:
+            query = torch.randn((tokens, GROUP * heads, dim), dtype=torch.bfloat16, device='cuda')
+            self.inputs = [Workspace.allocate(query, cache, tokens, 1).inputs(query) for cache in self.caches]
+        self.policy = self.caches[0].format.policy
+        self.written = tokens * self.caches[0].nbytes // (blocks * page)
+
+    def __call__(self, i: int) -> None:
+        fill(self.data[i][0], self.data[i][1], self.caches[i], self.layout, self.inputs[i])
+
+
 def main() -> None:
     from lmdeploy.messages import QuantPolicy
     from lmdeploy.pytorch.kernels.cuda import fill_kv_cache
@@ -61,8 +88,7 @@ def main() -> None:
             for page in map(int, args.pages.split(',')):
                 q_start, q_lens, lens, table, blocks, query_len = batch(load, page)
                 tokens = int(q_lens.sum())
-                data = [torch.randn((2, tokens, heads, dim), dtype=torch.bfloat16, device='cuda')
-                        for _ in range(COPIES)]
+                data = make_data(tokens, heads, dim)
                 read = data[0].numel() * 2
 
                 def add(contender: str, policy: int, us: float, written: int, shape=shape, load=load, page=page,
@@ -84,15 +110,8 @@ def main() -> None:
                         quant_policy=QuantPolicy(policy)), COPIES)
                     add('lmdeploy', policy, us, data[0].numel() * dtype.itemsize)
                 for name in args.formats.split(','):
-                    ours = [kvq.PagedCache.allocate(name, blocks, page, heads, dim) for _ in range(COPIES)]
-                    layout = TokenLayout(q_start=q_start, q_lens=q_lens, kv_lens=lens, block_table=table,
-                                         uniform_query_len=query_len)
-                    inputs: list = [None] * COPIES
-                    if query_len:
-                        query = torch.randn((tokens, GROUP * heads, dim), dtype=torch.bfloat16, device='cuda')
-                        inputs = [Workspace.allocate(query, cache, tokens, 1).inputs(query) for cache in ours]
-                    us = graph_us(lambda i: fill(data[i][0], data[i][1], ours[i], layout, inputs[i]), COPIES)
-                    add('kvq', ours[0].format.policy, us, tokens * ours[0].nbytes // (blocks * page))
+                    ours = Ours(name, load, page, heads, dim, data)
+                    add('kvq', ours.policy, graph_us(ours, COPIES), ours.written)
     print_table(rows, list(rows[0]))
     print_table(verdicts('fill', rows), VERDICT)
     print(write_results('fill', rows, args.out, copy_gb_per_s=bandwidth / 1e3))

@@ -34,7 +34,7 @@ for part in "$@"; do
   bench)
     run 300 decode python3 scripts/bench_decode.py --preset all --out "$out"
     run 100 fill python3 scripts/bench_fill.py --out "$out"
-    run 90 counters python3 scripts/profile_decode.py --out "$out" ;;
+    run 90 counters python3 scripts/profile_kernels.py --out "$out" ;;
   engine)
     run 500 engine python3 scripts/bench_engine.py --out "$out" \
       --policies none,fp8_per_token_head,int8_per_token_head,int4_per_token_head

@@ -193,12 +193,12 @@ def test_figures_depend_on_the_results_alone(tmp_path, monkeypatch, capsys):
 
 def test_counters_are_read_in_their_units():
     """What ncu prints: notes, then names, units and values; figures come in microseconds and bytes."""
-    import profile_decode
-    metrics = profile_decode.METRICS
+    import profile_kernels
+    metrics = profile_kernels.METRICS
     text = '\n'.join(['==PROF== Connected to process 1', 'a line of the program',
                       f'"ID","Kernel Name","{metrics["us"]}","{metrics["bytes_read"]}","{metrics["registers"]}",'
                       f'"{metrics["stall_wait"]}"', '"","","ns","Mbyte","register/thread","inst"',
                       '"0","_decode_kernel","139,808","541.50","168","n/a"', '==PROF== Disconnected'])
-    assert profile_decode.parse(text) == pytest.approx({'us': 139.808, 'bytes_read': 541.5e6, 'registers': 168})
+    assert profile_kernels.parse(text) == pytest.approx({'us': 139.808, 'bytes_read': 541.5e6, 'registers': 168})
     with pytest.raises(ValueError, match='no table'):
-        profile_decode.parse('==ERROR== The user does not have permission')
+        profile_kernels.parse('==ERROR== The user does not have permission')
