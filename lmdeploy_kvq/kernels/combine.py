@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .attend import LOG2E
-from .rotation import hadamard_columns, join_parts, power_below, rotate_back
+from .rotation import hadamard_columns, power_below, rotate_back, split_parts
 
 FAN = tl.constexpr(16)
 """Results that one program combines."""
@@ -19,62 +19,81 @@ STATISTICS = tl.constexpr(4)
 
 
 @triton.jit
-def store_partial(row_ptrs, mask, m, l, accs, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr):
-    """Leave rows [rows] of a result: parts of the output [BLOCK_PV, rows] and their statistics [rows]."""
-    byte = tl.arange(0, BLOCK_PV)
-    for part in tl.static_range(PARTSV):
-        tl.store(row_ptrs[None, :] + (part * PARTV + byte)[:, None], accs[part],
-                 mask=mask[None, :] & (byte < PARTV)[:, None])
+def place(element, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr):
+    """(offset, whether it is there) of elements of an output whose parts, PARTV long, begin at steps of BLOCK_PV."""
+    if PARTV == BLOCK_PV:
+        offset, there = element, element >= 0
+    else:
+        byte = element % BLOCK_PV
+        offset, there = element // BLOCK_PV * PARTV + byte, byte < PARTV
+    return offset, there
+
+
+@triton.jit
+def store_partial(row_ptrs, mask, m, l, acc, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr):
+    """Leave rows [rows] of a result: the output [PARTSV * BLOCK_PV, rows] and its statistics [rows]."""
+    offset, there = place(tl.arange(0, PARTSV * BLOCK_PV), PARTV, BLOCK_PV)
+    tl.store(row_ptrs[None, :] + offset[:, None], acc, mask=mask[None, :] & there[:, None])
     tl.store(row_ptrs + PARTSV * PARTV, m, mask=mask)
     tl.store(row_ptrs + PARTSV * PARTV + 1, l, mask=mask)
 
 
 @triton.jit
-def combine_partials(row_ptrs, mask, step, children, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr,
-                     PARTSV: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """(m, l, accs) of ``children`` (at most FAN) results that lie ``step`` elements apart, AT_ONCE at a time.
+def combine_partials(ptr, step, children, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr,
+                     COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """(m, l, acc) of ``children`` results that lie ``step`` elements apart: acc is [PARTSV * BLOCK_PV, COLUMNS].
 
-    Reads pass by the first-level cache: other multiprocessors wrote what is read.
+    AT_ONCE results are read together, statistics and all, for reading is what takes the time: the largest score so far
+    is carried as in attention. Reads pass by the first-level cache: other multiprocessors wrote what is read. Nothing
+    is masked, because masks take registers that spill: results after the last are the last again, with no weight, and
+    columns after the last row hold whatever lies behind it.
+
+    Args:
+        ptr: the first row of the first result, of COLUMNS rows or fewer.
     """
-    byte = tl.arange(0, BLOCK_PV)
-    child = tl.arange(0, FAN)
-    there = (child < children)[:, None] & mask[None, :]
-    statistics = row_ptrs[None, :] + (child.to(tl.int64) * step)[:, None] + PARTSV * PARTV
-    ms = tl.load(statistics, mask=there, other=float('-inf'), cache_modifier='.cg')
-    ls = tl.load(statistics + 1, mask=there, other=0.0, cache_modifier='.cg')
-    m = tl.max(ms, 0)
-    shift = tl.where(m == float('-inf'), 0.0, m)
-    l = tl.sum(ls * tl.exp2(ms - shift[None, :]), 0)
-    wide = step.to(tl.int64)
-    accs = ()
-    for _ in tl.static_range(PARTSV):
-        accs += (tl.zeros([BLOCK_PV, ROWS], tl.float32), )
+    # [columns, elements, results]: the compiler gives warps columns, and lanes all results of their elements.
+    offset, inside = place(tl.arange(0, PARTSV * BLOCK_PV)[None, :, None], PARTV, BLOCK_PV)
+    column = tl.arange(0, COLUMNS)[:, None]
+    child = tl.arange(0, AT_ONCE)[None, :]
+    m = tl.full([COLUMNS], float('-inf'), tl.float32)
+    l = tl.zeros([COLUMNS], tl.float32)
+    acc = tl.zeros([COLUMNS, PARTSV * BLOCK_PV], tl.float32)
     for start in tl.range(0, children, AT_ONCE, num_stages=1):
-        factors, loaded = (), ()
-        for some in tl.static_range(AT_ONCE):
-            some_mask = mask & (start + some < children)
-            ptrs = row_ptrs + (start + some) * wide
-            factors += (tl.load(ptrs + PARTSV * PARTV, mask=some_mask, other=float('-inf'), cache_modifier='.cg'), )
-            for part in tl.static_range(PARTSV):
-                loaded += (tl.load(ptrs[None, :] + (part * PARTV + byte)[:, None],
-                                   mask=some_mask[None, :] & (byte < PARTV)[:, None], other=0.0,
-                                   cache_modifier='.cg'), )
-        for some in tl.static_range(AT_ONCE):
-            factor = tl.exp2(factors[some] - shift)[None, :]
-            new_accs = ()
-            for part in tl.static_range(PARTSV):
-                new_accs += (accs[part] + factor * loaded[some * PARTSV + part], )
-            accs = new_accs
-    return m, l, accs
+        index = tl.minimum(start + child, children - 1)
+        ptrs = ptr + index.to(tl.int64) * step + column * (PARTSV * PARTV + STATISTICS)
+        ms = tl.load(ptrs + PARTSV * PARTV, cache_modifier='.cg')
+        ls = tl.load(ptrs + PARTSV * PARTV + 1, cache_modifier='.cg')
+        if PARTV == BLOCK_PV:
+            results = tl.load(ptrs[:, None, :] + offset, cache_modifier='.cg')
+        else:
+            results = tl.load(ptrs[:, None, :] + offset, mask=inside, other=0.0, cache_modifier='.cg')
+        ms = tl.where(start + child < children, ms, float('-inf'))
+        largest = tl.maximum(m, tl.max(ms, 1))
+        shift = tl.where(largest == float('-inf'), 0.0, largest)
+        alpha = tl.exp2(m - shift)
+        factor = tl.exp2(ms - shift[:, None])
+        l = l * alpha + tl.sum(ls * factor, 1)
+        acc = acc * alpha[:, None] + tl.sum(results * factor[:, None, :], 2)
+        m = largest
+    return m, l, tl.permute(acc, (1, 0))
 
 
 @triton.jit
-def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, zero, DV: tl.constexpr,
+def repeat_columns(x, COLUMNS: tl.constexpr):
+    """Columns of x [n, columns], over and over until there are COLUMNS."""
+    N: tl.constexpr = x.shape[0]
+    FEWER: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[:, None, :], (N, COLUMNS // FEWER, FEWER)), (N, COLUMNS))
+
+
+@triton.jit
+def finish(out_ptrs, mask, m, l, acc, sinks_ptrs, matrix_ptr, out_scale, zero, DV: tl.constexpr,
            PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr,
            HADAMARDV: tl.constexpr):
     """Write final rows: a sink joins the denominator, the rotation of V is undone; rows that saw nothing are zeros.
 
     Args:
+        acc: [PARTSV * BLOCK_PV, rows].
         out_ptrs: [rows] where rows go.
         sinks_ptrs: [rows] pointers, or None.
         matrix_ptr: the inverse of V's matrix, or None; HADAMARDV: the factor of butterflies in its place, or 0.
@@ -87,32 +106,25 @@ def finish(out_ptrs, mask, m, l, accs, sinks_ptrs, matrix_ptr, out_scale, zero, 
         l = l * tl.exp2(m - top) + tl.exp2(sink - top)
         factor = out_scale * tl.exp2(m - top)
     factor = factor / tl.where(l > 0.0, l, 1.0)
-    byte = tl.arange(0, BLOCK_PV)
     if matrix_ptr is None and HADAMARDV == 0:
-        for part in tl.static_range(PARTSV):
-            there = (byte < PARTV) & (part * PARTV + byte < DV)
-            tl.store(out_ptrs[None, :] + (part * PARTV + byte)[:, None],
-                     (accs[part] * factor[None, :]).to(out_ptrs.dtype.element_ty),
-                     mask=mask[None, :] & there[:, None])
+        dim, there = place(tl.arange(0, PARTSV * BLOCK_PV), PARTV, BLOCK_PV)
+        tl.store(out_ptrs[None, :] + dim[:, None], (acc * factor[None, :]).to(out_ptrs.dtype.element_ty),
+                 mask=mask[None, :] & (there & (dim < DV))[:, None])
     else:
-        largest = tl.max(tl.abs(accs[0]), 0)
-        for part in tl.static_range(1, PARTSV):
-            largest = tl.maximum(largest, tl.max(tl.abs(accs[part]), 0))
-        power = power_below(largest)
-        stored = ()
-        for part in tl.static_range(PARTSV):
-            stored += ((accs[part] / power[None, :]).to(tl.float16), )
+        power = power_below(tl.max(tl.abs(acc), 0))
+        stored = (acc / power[None, :]).to(tl.float16)
         factor = power * factor
         if HADAMARDV != 0:
             dim = tl.arange(0, DV)
-            out = hadamard_columns(join_parts(stored, PARTSV), HADAMARDV, 'tf32', zero) * factor[None, :]
+            out = hadamard_columns(stored, HADAMARDV, 'tf32', zero) * factor[None, :]
             tl.store(out_ptrs[None, :] + dim[:, None], out.to(out_ptrs.dtype.element_ty),
                      mask=mask[None, :] & (dim < DV)[:, None])
         else:
             # A few rows of the matrix at a time: registers that spill here cost more than waiting.
             BLOCK_OUT: tl.constexpr = 32 if BLOCK_PV >= 64 else (64 if BLOCK_DV > 64 else BLOCK_DV)
+            parts = split_parts(stored, PARTSV)
             for first in range(0, DV, BLOCK_OUT):
                 dim = first + tl.arange(0, BLOCK_OUT)
-                out = rotate_back(stored, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
+                out = rotate_back(parts, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
                 tl.store(out_ptrs[None, :] + dim[:, None], (out * factor[None, :]).to(out_ptrs.dtype.element_ty),
                          mask=mask[None, :] & (dim < DV)[:, None])

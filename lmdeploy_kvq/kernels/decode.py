@@ -14,10 +14,10 @@ import triton.language as tl
 
 from .attend import LOG2E, attend, load_queries, normalize_queries, prefetch_tile
 from .codecs import decoding, device_codec
-from .combine import FAN, STATISTICS, combine_partials, finish, store_partial
+from .combine import FAN, STATISTICS, combine_partials, finish, repeat_columns, store_partial
 from .fill import DecodeInputs, TokenLayout, fill
 from .launch import check_device, compute_capability, dependent_launch, multiprocessors, shared_memory
-from .rotation import operand
+from .rotation import join_parts, operand
 from .tiles import first_program, program_share, visible_tiles
 
 if TYPE_CHECKING:
@@ -32,24 +32,28 @@ WAIT_FIRST, WAIT_QUERIES, WAIT_PAGES = tl.constexpr(0), tl.constexpr(1), tl.cons
 
 
 @triton.jit
-def _reduce_tree(partial_ptrs, row_mask, m, l, accs, counters_ptr, pid, first_pid, pieces, slot_step, counter_step,
-                 level_step, PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, ROWS: tl.constexpr,
+def _reduce_tree(ptr, rows, counters_ptr, pid, first_pid, pieces, slot_step, counter_step, level_step,
+                 PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, COLUMNS: tl.constexpr,
                  AT_ONCE: tl.constexpr):
     """Combine this program's result, which it has left, with the others' where it was the last to come.
 
     Args:
-        partial_ptrs: [rows] of the sequence's first result; slot_step: elements from one result to the next.
-        m, l, accs: this program's.
+        ptr: the first row of the sequence's first result, of ``rows`` rows; slot_step: elements from one result to the
+            next.
         counters_ptr: the counter of the sequence's first result; counter_step, level_step: from one result's to the
             next one's, and from one level of the tree to the next.
         first_pid, pieces: the programs that share the sequence are ``first_pid .. first_pid + pieces``.
 
     Returns:
-        (count, m, l, accs): count is 1 in the last program of all, and the rest is the whole sequence's then.
+        (count, m, l, acc): count is 1 in the last program of all, and the rest is the whole sequence's then, in
+        COLUMNS columns.
     """
     index = pid - first_pid
     count = pieces
     span = 1  # results of the level below that are one of this level
+    m = tl.full([COLUMNS], float('-inf'), tl.float32)
+    l = tl.zeros([COLUMNS], tl.float32)
+    acc = tl.zeros([PARTSV * BLOCK_PV, COLUMNS], tl.float32)
     while count > 1:
         node = index // FAN
         children = tl.minimum(count - node * FAN, FAN)
@@ -58,19 +62,21 @@ def _reduce_tree(partial_ptrs, row_mask, m, l, accs, counters_ptr, pid, first_pi
         arrived = tl.atomic_add(counters_ptr + start * counter_step, 1, sem='acq_rel', scope='gpu') + 1
         if arrived == children:
             tl.store(counters_ptr + start * counter_step, 0)  # as it was
-            ptrs = partial_ptrs + start.to(tl.int64) * slot_step
-            m, l, accs = combine_partials(ptrs, row_mask, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, ROWS,
-                                          AT_ONCE)
+            first_ptr = ptr + start.to(tl.int64) * slot_step
+            m, l, acc = combine_partials(first_ptr, slot_step * span, children, PARTV, BLOCK_PV, PARTSV, COLUMNS,
+                                         AT_ONCE)
             if count > FAN:
                 tl.debug_barrier()  # its own place may still be being read
-                store_partial(ptrs, row_mask, m, l, accs, PARTV, BLOCK_PV, PARTSV)
+                column = tl.arange(0, COLUMNS)
+                store_partial(first_ptr + column * (PARTSV * PARTV + STATISTICS), column < rows, m, l, acc, PARTV,
+                              BLOCK_PV, PARTSV)
             index = node
             span = span * FAN
             count = tl.cdiv(count, FAN)
             counters_ptr += level_step
         else:
             count = 0
-    return count, m, l, accs
+    return count, m, l, acc
 
 
 # Sizes of a batch differ from step to step; specializing on them would only compile the same code again.
@@ -88,7 +94,8 @@ def _decode_kernel(
         BITS: tl.constexpr, BITSV: tl.constexpr, GAIN: tl.constexpr, GAINV: tl.constexpr, OFFSET: tl.constexpr,
         OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
-        HADAMARDV: tl.constexpr, WARPS: tl.constexpr, AT_ONCE: tl.constexpr, CAP: tl.constexpr):
+        HADAMARDV: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr,
+        CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
 
     The share may begin and end inside sequences and pass through whole ones; each sequence it touches is a segment.
@@ -170,6 +177,7 @@ def _decode_kernel(
         values = ()
         for part in tl.static_range(PARTSV):
             values += (accs[part] * (GAINV / (1 << (BITSV * part))) - too_much[None, :], )
+        acc = join_parts(values, PARTSV)
         # Numbers of the sequence's first and last tile in the batch, and the programs that have them.
         begin = (pid.to(tl.int64) + 1) * total // programs - remaining - (tile - first)
         first_pid = first_program(begin, total, programs)
@@ -177,16 +185,20 @@ def _decode_kernel(
         out_ptrs = out_ptr + token * stride_ot + head * stride_oh
         if pieces > 1:
             slot = first_pid + seq
-            partial_ptrs = partial_ptr + (slot.to(tl.int64) * kv_heads + kv_head) * (ROWS * PARTIAL) + row * PARTIAL
-            store_partial(partial_ptrs + (pid - first_pid).to(tl.int64) * slot_step, row_mask, m, total_l, values,
-                          PARTV, BLOCK_PV, PARTSV)
-            pieces, m, total_l, values = _reduce_tree(
-                partial_ptrs, row_mask, m, total_l, values, counters_ptr + slot * tl.num_programs(0) + tl.program_id(0),
-                pid, first_pid, pieces, slot_step, tl.num_programs(0), level_step, PARTV, BLOCK_PV, PARTSV, BLOCK_M,
+            first_row = (tl.program_id(0) % ROW_TILES) * BLOCK_M
+            first_ptr = partial_ptr + ((slot.to(tl.int64) * kv_heads + kv_head) * ROWS + first_row) * PARTIAL
+            store_partial(first_ptr + (pid - first_pid).to(tl.int64) * slot_step + (row - first_row) * PARTIAL,
+                          row_mask, m, total_l, acc, PARTV, BLOCK_PV, PARTSV)
+            pieces, some_m, some_l, some = _reduce_tree(
+                first_ptr, ROWS - first_row, counters_ptr + slot * tl.num_programs(0) + tl.program_id(0), pid,
+                first_pid, pieces, slot_step, tl.num_programs(0), level_step, PARTV, BLOCK_PV, PARTSV, COLUMNS,
                 AT_ONCE)
+            m = tl.reshape(repeat_columns(some_m[None, :], BLOCK_M), (BLOCK_M, ))
+            total_l = tl.reshape(repeat_columns(some_l[None, :], BLOCK_M), (BLOCK_M, ))
+            acc = repeat_columns(some, BLOCK_M)
         if pieces == 1:  # nobody else has any of it, or nobody has any more
-            finish(out_ptrs, row_mask, m, total_l, values, sinks_ptrs, v_matrix_ptr, out_scale, tl.minimum(kv_len, 0),
-                   DV, PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV)
+            finish(out_ptrs, row_mask, m, total_l, acc, sinks_ptrs, v_matrix_ptr, out_scale, tl.minimum(kv_len, 0), DV,
+                   PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV)
         remaining -= stop - tile
         seq += 1
         tile = first * 0
@@ -214,9 +226,11 @@ class DecodeConfig:
 def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
     """Launch parameters for a cache, its GPU, and a number of query rows per program."""
     sizes = cache.sizes()
-    block_n = 128 if max(cache.head_dim, cache.v_head_dim) <= 128 else 64
+    block_n = 128 if max(cache.head_dim, cache.v_head_dim) <= 128 and block_m <= 16 else 64
+    num_stages = 2
     if block_m > 8:
         occupancy, num_warps, maxnreg = 4, 2, None
+        num_stages = 3 if block_m > 16 else 2
     else:
         # Each warp has 16 elements of a part of the output or more: more warps would do the same work twice. With fewer
         # registers, what combines results spills; with more, fewer warps would run at once.
@@ -226,7 +240,7 @@ def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
     need = block_n * (sizes['BLOCK_P'] + sizes['BLOCK_PV']) + 512 * block_m + (
         2048 if sizes['PARTS'] == sizes['PARTSV'] == 1 else 3072)
     occupancy = max(1, min(occupancy, shared_memory(cache.k_codes.device) // need))
-    return DecodeConfig(block_n, occupancy=occupancy, num_warps=num_warps, maxnreg=maxnreg)
+    return DecodeConfig(block_n, occupancy=occupancy, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
 @dataclass(frozen=True)
@@ -235,7 +249,7 @@ class Workspace:
 
     Attributes:
         config, target, block_m: launch parameters, programs per KV head and tile of rows, and rows of a tile.
-        partial: fp32 [(target + batch) * kv_heads * rows, PARTIAL].
+        partial: fp32 [(target + batch) * kv_heads * rows + block_m, PARTIAL]; combining reads past the last row.
         counters: int32, zero before the kernel begins and after it has ended.
         rotated: fp32 like the query, contiguous, for formats that rotate K.
     """
@@ -259,7 +273,7 @@ class Workspace:
         sizes = cache.sizes()
         levels = 1 + (target > FAN.value) + (target > FAN.value**2)
         parts = [query.numel() if cache.k_transform is not None else 0,
-                 (target + batch) * kv_heads * rows * (sizes['PARTSV'] * sizes['PARTV'] + STATISTICS.value),
+                 ((target + batch) * kv_heads * rows + block_m) * (sizes['PARTSV'] * sizes['PARTV'] + STATISTICS.value),
                  levels * (target + batch) * grid_heads]
         memory = torch.empty(sum(parts), dtype=torch.float32, device=query.device)
         rotated, partial, counters = memory.split(parts)
@@ -271,11 +285,12 @@ class Workspace:
         fill(None, None, cache, TokenLayout(), self.inputs(query))
         return self
 
-    def at_once(self, cache: PagedCache) -> int:
-        """Results that a program combines at a time: as many as 64 registers per lane hold."""
+    def combining(self, cache: PagedCache, rows: int) -> dict[str, int]:
+        """Columns of results that a program combines, and results at a time: as many as 64 registers per lane hold."""
         sizes = cache.sizes()
-        elements = self.block_m * sizes['BLOCK_PV'] * sizes['PARTSV']
-        return max(1, min(FAN.value, 32 * 32 * self.config.num_warps // elements))
+        columns = min(self.block_m, triton.next_power_of_2(rows))
+        elements = columns * sizes['BLOCK_PV'] * sizes['PARTSV']
+        return {'COLUMNS': columns, 'AT_ONCE': max(1, min(FAN.value, 64 * 32 * self.config.num_warps // elements))}
 
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
         """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
@@ -318,7 +333,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
         ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16),
-        HADAMARDV=v_factor, AT_ONCE=workspace.at_once(cache), CAP=cap, num_warps=config.num_warps,
+        HADAMARDV=v_factor, **workspace.combining(cache, rows), CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **dependent_launch(cap),
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))
     return out

@@ -272,16 +272,22 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
 def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, butterflies: bool) -> tuple[int, int]:
     """Rows per program, and its warps.
 
-    Eight columns are the narrowest product, so that butterflies want eight rows or more. Every program that multiplies
-    by a matrix reads it, so that there should not be many more than multiprocessors.
+    For a decode step as few as there can be without too many programs, for starting one takes over a nanosecond of the
+    GPU; benchmarks/results/fill_sweeps.json. Every program that multiplies by a matrix reads it, so that there should
+    not be many more than multiprocessors.
     """
+    rows, sms = tokens * rows_per_token * cache.num_kv_heads, multiprocessors(cache.k_codes.device)
+    dim = max(cache.head_dim, cache.v_head_dim)
     if matrices:
-        each = tokens * rows_per_token * cache.num_kv_heads // (2 * multiprocessors(cache.k_codes.device))
-        tile = min(max(8, triton.next_power_of_2(each)), 64)
+        tile = min(max(8, triton.next_power_of_2(rows // (2 * sms))), 64)
         return tile, 4 if tile <= 16 else 8
-    if butterflies:
-        return (8, 2) if tokens <= 64 else (8, 1) if tokens <= 512 else (32, 4)
-    return (1, 1) if tokens <= 64 else (2, 1) if tokens <= 512 else (32, 4)
+    if tokens > 512:
+        return 32, 4
+    tile = max(1, 128 // min(cache.head_dim, cache.v_head_dim)) if butterflies else 1  # products have eight columns
+    programs, elements = (12 * sms, 512) if butterflies else (6 * sms, 256)
+    while rows > programs * tile and 2 * tile * dim <= elements:
+        tile *= 2
+    return tile, 1
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
