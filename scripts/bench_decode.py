@@ -35,7 +35,7 @@ from benchlib import (
     rotations,
     write_results,
 )
-from targets import EVERY, PRESETS, VERDICT, Preset, verdicts
+from targets import EVERY, OTHERS, PRESETS, VERDICT, Preset, verdicts
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.decode import DecodeConfig, Workspace, decode
@@ -120,7 +120,8 @@ class Ours:
 
     def __call__(self, query, table, lens, query_len):
         # As the engine calls it, after the fill, which prepares the workspace (bench_fill.py has the time of that).
-        key = (query.data_ptr(), query_len, self.config)
+        # Memory that one batch's queries had comes back as another's.
+        key = (query.data_ptr(), query.shape, query_len, self.config)
         if key not in self.workspaces:
             self.workspaces = {key: Workspace.allocate(query, self.cache, len(lens), query_len,
                                                        self.config).prepare(query, self.cache)}
@@ -307,7 +308,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, kind in (('shapes', str), ('loads', str), ('pages', int), ('query-lens', int), ('contenders', str)):
         parser.add_argument(f'--{flag}', type=lambda s, kind=kind: tuple(map(kind, s.split(','))))
-    parser.add_argument('--preset', help=f'{", ".join(PRESETS)}, several with commas, or all but peers')
+    parser.add_argument('--preset',
+                        help=f'{", ".join([*PRESETS, *OTHERS])}, several with commas, or all that targets are about')
     parser.add_argument('--jobs', type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)),
                         help='processes that compile first, 0: none')
     parser.add_argument('--append', action='store_true', help="keep the file's rows that are not measured anew")
@@ -316,12 +318,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.preset:
-        names = [name for name in PRESETS if name != 'peers'] if args.preset == 'all' else args.preset.split(',')
-        if unknown := set(names) - set(PRESETS):
-            parser.error(f'no preset {", ".join(sorted(unknown))}; there are {", ".join(PRESETS)}, all')
+        known = {**PRESETS, **OTHERS}
+        names = list(PRESETS) if args.preset == 'all' else args.preset.split(',')
+        if unknown := set(names) - set(known):
+            parser.error(f'no preset {", ".join(sorted(unknown))}; there are {", ".join(known)}, all')
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)
                  if getattr(args, field.name)}
-        presets = {name: dataclasses.replace(PRESETS[name], **given) for name in names}
+        presets = {name: dataclasses.replace(known[name], **given) for name in names}
     else:
         presets = {'table': Preset(args.shapes or SHAPES, args.loads or LOADS, args.pages or (64, 128),
                                    args.query_lens or (1, ), args.contenders or EVERY)}

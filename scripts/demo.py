@@ -26,6 +26,7 @@ from server import Server
 from lmdeploy_kvq import FORMATS, get_format
 from lmdeploy_kvq.capacity import CacheShape, bytes_per_token, gain
 from lmdeploy_kvq.console import table, wrapped
+from lmdeploy_kvq.formats import KVFormat
 
 QUESTION = 'What is photosynthesis?'  # no near tie at its first words: every format answers it
 REQUESTS, TOKENS = 32, 128
@@ -64,8 +65,12 @@ def demo_gpu(model: str, policy: str) -> None:
         server.load(REQUESTS, 16)
         step(f'{REQUESTS} requests of {TOKENS} tokens at once')
         tokens, seconds = server.load(REQUESTS, TOKENS)
-        blocks = server.cache_blocks()
-        step('stopping the server')
+        report_speed(server.cache_blocks(), model, fmt, tokens, seconds)
+        step('stopping the server')  # last, for giving memory back takes a while
+
+
+def report_speed(blocks: dict[str, int], model: str, fmt: KVFormat, tokens: int, seconds: float) -> None:
+    """Print speed and the tokens that fit, with ``blocks`` as the engine logged them."""
     shape = cache_shape(model, blocks['kernel_block_size'])
     fit, ratio = blocks['num_gpu_blocks'] * blocks['block_size'], gain(fmt, shape)
     print(f'\nSpeed: {tokens / seconds:,.0f} tokens/s ({tokens:,} tokens in {seconds:.2f} s, HTTP included)\n\n'
@@ -75,7 +80,8 @@ def demo_gpu(model: str, policy: str) -> None:
               ('bf16 (no --quant-policy)', f'{int(fit / ratio):,}', f'{bytes_per_token(None, shape):,.0f}',
                'computed, for the same memory')], ['cache', 'tokens', 'bytes/token', ''], right='tokens,bytes/token'))
     print(f'\n{ratio:.2f} times as many tokens fit. Next, your own model, or every format and patch in a table:\n\n'
-          f'  lmdeploy serve api_server MODEL --quant-policy {fmt.name}\n  {typed("lmdeploy-kvq")} doctor\n')
+          f'  lmdeploy serve api_server MODEL --quant-policy {fmt.name}\n  {typed("lmdeploy-kvq")} doctor\n',
+          flush=True)
 
 
 def demo_cpu(model: str, tokens: int) -> None:

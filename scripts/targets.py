@@ -55,8 +55,9 @@ PRESETS = {
     'flat': Preset(('32x8x128', ), (*ONE, *CONSTANT)),
     'query-len': Preset(('32x8x128', '28x4x128'), (SPEED_LOAD, ), (64, ), QUERY_LENS),
     'formats': Preset((MAIN[0], ), (SPEED_LOAD, *FORMAT_LOADS), (64, 128), contenders=EVERY),
-    'peers': Preset((MAIN[0], MAIN[2]), LOADS, contenders=(*CONTENDERS, 'flashinfer:0', 'flashinfer:16')),
 }
+OTHERS = {'peers': Preset((MAIN[0], MAIN[2]), LOADS, contenders=(*CONTENDERS, 'flashinfer:0', 'flashinfer:16'))}
+"""What no target is about."""
 
 Bound = tuple[float, float, dict]  # value, limit, row
 

@@ -298,6 +298,17 @@ def test_bad_arguments_are_named(device):
                             torch.zeros(1025, dtype=torch.int32, device=device))
 
 
+def test_a_workspace_of_another_batch_is_refused(device):
+    """It has the wrong size: a kernel that wrote to it would write beyond it."""
+    from lmdeploy_kvq.kernels.decode import Workspace, decode
+    p = problem(kvq.FORMATS[0], [20, 9], device=device, kv_heads=2)
+    query = queries(p, 1, 2)
+    workspace = Workspace.allocate(query[:1], p.cache, 1, 1)
+    with pytest.raises(ValueError, match='made for'):
+        decode(query, p.cache, p.block_table, p.kv_lens, torch.empty_like(query), query_len=1, sm_scale=1.0,
+               workspace=workspace)
+
+
 def test_cpu_tensors_without_the_interpreter_are_refused():
     python("""
 import torch, lmdeploy_kvq as kvq

@@ -227,10 +227,8 @@ def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
     """Launch parameters for a cache, its GPU, and a number of query rows per program."""
     sizes = cache.sizes()
     block_n = 128 if max(cache.head_dim, cache.v_head_dim) <= 128 and block_m <= 16 else 64
-    num_stages = 2
     if block_m > 8:
         occupancy, num_warps, maxnreg = 4, 2, None
-        num_stages = 3 if block_m > 16 else 2
     else:
         # Each warp has 16 elements of a part of the output or more: more warps would do the same work twice. With fewer
         # registers, what combines results spills; with more, fewer warps would run at once.
@@ -240,7 +238,7 @@ def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
     need = block_n * (sizes['BLOCK_P'] + sizes['BLOCK_PV']) + 512 * block_m + (
         2048 if sizes['PARTS'] == sizes['PARTSV'] == 1 else 3072)
     occupancy = max(1, min(occupancy, shared_memory(cache.k_codes.device) // need))
-    return DecodeConfig(block_n, occupancy=occupancy, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+    return DecodeConfig(block_n, occupancy=occupancy, num_warps=num_warps, maxnreg=maxnreg)
 
 
 @dataclass(frozen=True)
@@ -248,11 +246,13 @@ class Workspace:
     """What a decode launch needs, sized by lengths of the batch that the host knows, from one allocation.
 
     Attributes:
+        made_for: sequences, query tokens and query heads that its sizes fit.
         config, target, block_m: launch parameters, programs per KV head and tile of rows, and rows of a tile.
         partial: fp32 [(target + batch) * kv_heads * rows + block_m, PARTIAL]; combining reads past the last row.
         counters: int32, zero before the kernel begins and after it has ended.
         rotated: fp32 like the query, contiguous, for formats that rotate K.
     """
+    made_for: tuple[int, int, int]
     config: DecodeConfig
     target: int
     block_m: int
@@ -277,7 +277,7 @@ class Workspace:
                  levels * (target + batch) * grid_heads]
         memory = torch.empty(sum(parts), dtype=torch.float32, device=query.device)
         rotated, partial, counters = memory.split(parts)
-        return cls(config, target, block_m, partial, counters.view(torch.int32),
+        return cls((batch, *query.shape[:2]), config, target, block_m, partial, counters.view(torch.int32),
                    rotated.view(query.shape) if cache.k_transform is not None else None)
 
     def prepare(self, query: torch.Tensor, cache: PagedCache) -> Workspace:
@@ -312,13 +312,17 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
             before it began (``fill`` waits for all before it): the work is divided while it runs.
 
     Raises:
-        ValueError: shapes, strides or limits (query_len 1..16, group 1..64, batch 1..1024) violated.
+        ValueError: shapes, strides or limits (query_len 1..16, group 1..64, batch 1..1024) violated, or a workspace of
+            another batch.
     """
     check_device(query)
     _check(query, cache, block_table, kv_lens, out, query_len)
     heads, batch, kv_heads, fmt = query.size(1), kv_lens.size(0), cache.num_kv_heads, cache.format
     if workspace is None:
         workspace = Workspace.allocate(query, cache, batch, query_len, config).prepare(query, cache)
+    elif workspace.made_for != (batch, *query.shape[:2]):
+        raise ValueError(f'the workspace was made for {workspace.made_for} sequences, query tokens and query heads, '
+                         f'not {(batch, *query.shape[:2])}')
     if workspace.rotated is not None:
         query = workspace.rotated
     config, cap, rows = workspace.config, compute_capability(query.device), heads // kv_heads * query_len
