@@ -86,10 +86,15 @@ class Sampler:
         """Counts since the first step, a little behind the device; None before it."""
         return None if self.tally is None else self.tally.latest.tolist()
 
+    def due(self) -> bool:
+        """Whether the step that has just been done is one of those that are sampled. To be asked once per step."""
+        self.step_number += 1
+        return (self.step_number - 1) % EVERY == 0
+
     @torch.inference_mode()
-    def step(self, caches: Sequence[Sequence[torch.Tensor]], block_offsets: torch.Tensor, kv_lens: torch.Tensor,
+    def sample(self, caches: Sequence[Sequence[torch.Tensor]], block_offsets: torch.Tensor, kv_lens: torch.Tensor,
              block_size: int) -> None:
-        """After a step of the engine; on its stream.
+        """After a step of the engine that is :meth:`due`; on its stream.
 
         Args:
             caches: per layer K pages and V pages, uint8 [blocks, ...], and what else a layer has.
@@ -99,11 +104,7 @@ class Sampler:
         """
         if self.tally is None:
             self.tally = _Tally(len(caches), caches[0][0].device)
-        turn, rest = divmod(self.step_number, EVERY)
-        self.step_number += 1
-        if rest:
-            return
-        layer, counts = turn % len(caches), self.tally.counts
+        layer, counts = (self.step_number - 1) // EVERY % len(caches), self.tally.counts
         full = (kv_lens[:PAGES] // block_size).clamp(max=block_offsets.size(1))
         page = block_offsets[:PAGES].gather(1, (full - 1).clamp(min=0)[:, None].long())[:, 0].long()
         for which, limits in enumerate(self.limits):
@@ -148,12 +149,12 @@ def model_forward(original: Callable[..., Any], model: Any, inputs: Any, model_c
     sampler = getattr(config, ATTRIBUTE, None)
     if getattr(config, HOME, PROCESS) != PROCESS:
         sampler = _worker(config)
-    if sampler is not None and not inputs.is_dummy:
+    if sampler is not None and not inputs.is_dummy and sampler.due():
         kv_lens = inputs.history_lengths + inputs.seq_length
         if inputs.num_ignored_history is not None:
             kv_lens = kv_lens - inputs.num_ignored_history
         with torch.cuda.stream(stream):  # of None: the current one stays
-            sampler.step(cache_engine.gpu_cache, inputs.block_offsets, kv_lens, config.kernel_block_size)
+            sampler.sample(cache_engine.gpu_cache, inputs.block_offsets, kv_lens, config.kernel_block_size)
     return output
 
 
