@@ -185,6 +185,18 @@ def fill() -> str:
     return table(['KV heads x size', 'load', 'kernel', 'us', '% of copy', 'against bf16'], rows) + measured('fill')
 
 
+def profile() -> str:
+    """The GPU's counters, one line per launch."""
+    stalls = ('long_scoreboard', 'barrier', 'short_scoreboard', 'wait')
+    rows = [[row['format'], row['shape'], row['load'], f'{row["us"]:.1f}', f'{row["bytes_read"] / 1e6:.1f}',
+             f'{row["sectors_written"]:,.0f}', f'{row["memory_percent"]:.0f}%', f'{row["issue_percent"]:.0f}%',
+             f'{row["registers"]:.0f}', *(f'{row[f"stall_{name}"]:.1f}' for name in stalls)]
+            for row in results('profile') if 'error' not in row]
+    return table(['format', 'shape', 'load', 'us', 'MB read', 'sectors written', 'of bandwidth', 'of issue slots',
+                  'registers', 'waits for memory', 'a barrier', 'shared memory', 'a fixed latency'],
+                 rows) + measured('profile') if rows else NOT_MEASURED
+
+
 def calibration() -> str:
     """What calibrated scales gain, as measured on a CPU."""
     rows = [[row['model'], ' '.join([row['scales'], *(row[key] for key in ('method', 'granularity') if key in row)]),
@@ -226,7 +238,8 @@ def accuracy_targets() -> str:
 
 
 PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
-         'formats': formats, 'hooks': hooks, 'fill': fill, 'calibration': calibration, 'targets': targets,
+         'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
+         'targets': targets,
          'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),
