@@ -187,14 +187,13 @@ def fill() -> str:
 
 def profile() -> str:
     """The GPU's counters, one line per launch."""
-    stalls = ('long_scoreboard', 'barrier', 'short_scoreboard', 'wait')
+    stalls = ('long_scoreboard', 'barrier', 'wait')
     rows = [[row['format'], row['shape'], row['load'], f'{row["us"]:.1f}', f'{row["bytes_read"] / 1e6:.1f}',
-             f'{row["sectors_written"]:,.0f}', f'{row["memory_percent"]:.0f}%', f'{row["issue_percent"]:.0f}%',
-             f'{row["registers"]:.0f}', *(f'{row[f"stall_{name}"]:.1f}' for name in stalls)]
+             f'{row["memory_percent"]:.0f}%', f'{row["issue_percent"]:.0f}%',
+             *(f'{row[f"stall_{name}"]:.1f}' for name in stalls)]
             for row in results('profile') if 'error' not in row]
-    return table(['format', 'shape', 'load', 'us', 'MB read', 'sectors written', 'of bandwidth', 'of issue slots',
-                  'registers', 'waits for memory', 'a barrier', 'shared memory', 'a fixed latency'],
-                 rows) + measured('profile') if rows else NOT_MEASURED
+    return table(['format', 'shape', 'load', 'us', 'MB read', 'of bandwidth', 'of issue slots', 'waits for memory',
+                  'a barrier', 'a fixed latency'], rows) + measured('profile') if rows else NOT_MEASURED
 
 
 def calibration() -> str:
