@@ -62,7 +62,8 @@ def run(model: str, jobs: int, new_tokens: int = 32) -> list[dict]:
     with ThreadPoolExecutor(jobs) as pool:
         results = dict(zip(keys, pool.map(one, keys)))
     rows = []
-    for (name, way), result in results.items():
+    for name, way in itertools.product(policies, WAYS):
+        result = results[name, way]
         base = results[name, 'cache eager' if WAYS[way][2] == 'cache' else 'eager']['rounds'][0]['tokens']
         for number, (size, done) in enumerate(zip(WAYS[way][1], result['rounds'])):
             equal, prefix = shared(done['tokens'], base[:size])

@@ -191,6 +191,14 @@ def test_figures_depend_on_the_results_alone(tmp_path, monkeypatch, capsys):
         assert text == (tmp_path / 'b' / name).read_text() and '<dc:date>' not in text
 
 
+def test_counters_of_both_kernels():
+    """A row of the fill has no query heads in its shape."""
+    import profile_kernels
+    found = [row for row in profile_kernels.ROWS if profile_kernels.is_fill(row)]
+    assert 0 < len(found) < len(profile_kernels.ROWS)
+    assert all(row.split(':')[2] in ('decode', 'prefill') for row in found)
+
+
 def test_counters_are_read_in_their_units():
     """What ncu prints: notes, then names, units and values; figures come in microseconds and bytes."""
     import profile_kernels
