@@ -1,7 +1,9 @@
 """Compile, without a GPU, exactly what the launchers would launch: record a launch, then hand it to the compiler."""
 from __future__ import annotations
 
+import collections
 import contextlib
+import itertools
 import unittest.mock as mock
 from typing import Any
 
@@ -10,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels import decode, fill, flatten, merge
 
 MODULES = (decode, fill, flatten, merge)
@@ -44,8 +47,12 @@ def recorded(cap: int):
         yield launches
 
 
-def compile_launch(kernel: triton.JITFunction, args: tuple, kwargs: dict, cap: int):
-    """Compile one recorded launch for ``cap``, specialized as Triton's launcher would (1, divisible by 16)."""
+def specialized(kernel: triton.JITFunction, args: tuple, kwargs: dict) -> tuple[dict, dict, dict, dict]:
+    """What a recorded launch is compiled for, as Triton's launcher would: integers that are 1 or divisible by 16 count.
+
+    Returns:
+        (signature, constants, attributes, options).
+    """
     options = {k: kwargs[k] for k in ('num_warps', 'num_stages', 'launch_pdl', 'maxnreg') if k in kwargs}
     given = dict(zip(kernel.arg_names, args), **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
@@ -64,5 +71,32 @@ def compile_launch(kernel: triton.JITFunction, args: tuple, kwargs: dict, cap: i
                 attributes[(position, )] = [['tt.divisibility', 16]]
         else:
             signature[name] = 'fp32'
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget('cuda', cap, 32), options=options)
+    return signature, constants, attributes, options
+
+
+def compile_launch(kernel: triton.JITFunction, args: tuple, kwargs: dict, cap: int):
+    """Compile one recorded launch for ``cap``."""
+    *source, options = specialized(kernel, args, kwargs)
+    return triton.compile(ASTSource(kernel, *source), target=GPUTarget('cuda', cap, 32), options=options)
+
+
+def compilations_of_a_server() -> dict[str, dict[str, int]]:
+    """Per format, how often each kernel is compiled for decode steps of 1 to 256 sequences and tables of any width."""
+    found = {}
+    for fmt in kvq.FORMATS:
+        cache, seen = kvq.PagedCache.allocate(fmt, 4, 64, 8, 128, device='cpu'), collections.defaultdict(set)
+        for batch, width in itertools.product((1, 2, 4, 8, 16, 24, 32, 64, 128, 256), (1, 37, 512)):
+            query = torch.zeros(batch, 32, 128, dtype=torch.bfloat16)
+            rows = torch.zeros(batch, 8, 128, dtype=torch.bfloat16)
+            lens, table = torch.ones(batch, dtype=torch.int32), torch.zeros(batch, width, dtype=torch.int32)
+            with recorded(90) as launches:
+                workspace = decode.Workspace.allocate(query, cache, batch, 1)
+                fill.fill(rows, rows, cache, fill.TokenLayout(
+                    q_start=lens, q_lens=lens, kv_lens=lens, block_table=table, uniform_query_len=1),
+                    workspace.inputs(query))
+                decode.decode(query, cache, table, lens, torch.empty_like(query), query_len=1, sm_scale=0.1,
+                              workspace=workspace, filled=True)
+            for kernel, args, kwargs in launches:
+                seen[kernel.__name__].add(repr(specialized(kernel, args, kwargs)))
+        found[fmt.name] = {name: len(kinds) for name, kinds in seen.items()}
+    return found

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from aot_compile import CASES, FIRST_AND_HOPPER, everything, plain
-from helpers import by_name, clean_environment
+from helpers import by_name, clean_environment, python
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.decode import default_config
 
+HERE = Path(__file__).parent
 CAPABILITIES = [80, 89, 90, 100]
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one thread block may use, bytes (CUDA programming guide, compute capabilities)."""
@@ -25,7 +26,7 @@ NARROW_LOAD = re.compile(r'ld\.global\S*\.[bus]8\s')
 def compiled(tmp_path_factory):
     """``compiled(capability, fmt, kernel)``: a kernel's compilations; one process per capability, two at a time."""
     folder = tmp_path_factory.mktemp('aot')
-    script = Path(__file__).with_name('aot_compile.py')
+    script = HERE / 'aot_compile.py'
     running, waiting, results = {}, list(CAPABILITIES), {}
     while running or waiting:
         while waiting and len(running) < 2:
@@ -139,3 +140,12 @@ def test_decode_overlaps_with_fill_from_hopper_on(compiled, fmt, kernel):
     for capability in CAPABILITIES:
         for result in compiled(capability, fmt, kernel):
             assert (instruction in result['ptx']) == (capability >= 90)
+
+
+def test_few_kernels_are_compiled_for_the_batches_of_a_server():
+    """A server captures graphs for all sizes of a batch before it answers; to compile takes a second or two each."""
+    found = json.loads(python('import json, aot; print(json.dumps(aot.compilations_of_a_server()))',
+                              PYTHONPATH=f'{HERE}:{HERE.parent}').stdout)
+    assert set(found) == {fmt.name for fmt in kvq.FORMATS}
+    for counts in found.values():
+        assert counts['_decode_kernel'] == 3 and counts['_fill_kernel'] <= 3

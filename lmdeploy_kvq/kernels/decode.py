@@ -16,7 +16,14 @@ from .attend import LOG2E, attend, load_queries, normalize_queries, prefetch_til
 from .codecs import decoding, device_codec
 from .combine import FAN, STATISTICS, combine_partials, finish, repeat_columns, store_partial
 from .fill import DecodeInputs, TokenLayout, fill
-from .launch import check_device, compute_capability, dependent_launch, multiprocessors, shared_memory
+from .launch import (
+    batch_block,
+    check_device,
+    compute_capability,
+    dependent_launch,
+    multiprocessors,
+    shared_memory,
+)
 from .rotation import join_parts, operand
 from .tiles import first_program, program_share, visible_tiles
 
@@ -80,7 +87,7 @@ def _reduce_tree(ptr, rows, counters_ptr, pid, first_pid, pieces, slot_step, cou
 
 
 # Sizes of a batch differ from step to step; specializing on them would only compile the same code again.
-@triton.jit(do_not_specialize=['batch', 'target'])
+@triton.jit(do_not_specialize=['batch', 'target', 'stride_table'])
 def _decode_kernel(
         q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, k_static_ptr, v_static_ptr, v_matrix_ptr, out_ptr, partial_ptr,
         counters_ptr, sinks_ptr, slopes_ptr, kv_lens_ptr, table_ptr, batch, target, sm_scale,  #
@@ -333,7 +340,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         alibi_slopes, kv_lens, block_table, batch, workspace.target, sm_scale, *query.stride()[:2], *out.stride()[:2],
         block_table.stride(0), v_stride, *cache.strides(), **cache.sizes(),
         GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
-        BATCH=triton.next_power_of_2(batch), **decoding(fmt, cap),
+        BATCH=batch_block(batch), **decoding(fmt, cap),
         FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
         ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16),

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from ..reference import MAX_INPUT, MAX_UNBIASED, MIN_SCALE
 from .codecs import device_codec
-from .launch import check_device, compute_capability, dependent_launch, multiprocessors
-from .rotation import load_and_mix, operand, rotate_columns, split_parts
+from .launch import batch_block, check_device, compute_capability, dependent_launch, multiprocessors
+from .rotation import load_columns, mix_columns, operand, rotate_columns, split_parts
 from .tiles import key_offset, token_slots, value_offset
 
 if TYPE_CHECKING:
@@ -42,37 +42,56 @@ def _grid_step(parts, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, F
 
 
 @triton.jit
-def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matrix_ptr, live, place,  #
-                   HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr, RMS: tl.constexpr,
-                   FACTOR: tl.constexpr, RULE: tl.constexpr, PER_TOKEN: tl.constexpr, BITS: tl.constexpr,
-                   PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr,
-                   MAX_UNBIASED: tl.constexpr, CAP: tl.constexpr):
-    """Quantize rows [D] at ``x_ptr + offset`` and write them; see ``reference.encode``.
+def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token, num_tokens, stride_t, stride_h,  #
+               stride_b, stride_bh, stride_sb, stride_sh, stride_static, stride_matrix,  # codes, scales: block, head
+               slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,  #
+               PLACE: tl.constexpr, HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr,
+               RMS: tl.constexpr, FACTOR: tl.constexpr, RULE: tl.constexpr, PER_TOKEN: tl.constexpr,
+               BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr,
+               PAGE: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr,
+               CAP: tl.constexpr):
+    """Quantize rows of K or of V and write them into their pages; see ``reference.encode``.
+
+    Rows are asked for before their slots, which take two reads in a row.
 
     Args:
-        matrix_ptr: A^T of the rotation, or None; HADAMARD: the factor of butterflies in its place, or 0.
-        codes_ptr: [columns] pointers to page and head; place: [BLOCK_P, columns] offsets of the bytes there.
-        scales_ptr: [columns] pointers to the scales, where they are per token; static_ptr: to the scale, elsewhere.
-        valid: columns that there are to read; live: columns that have a place to go.
+        head, token: KV head, and [columns] numbers of the tokens.
+        matrix_ptr: A^T of the heads' rotations, or None; HADAMARD: the factor of butterflies in its place, or 0.
+        static_ptr: the heads' scales, where they are not per token.
+        PLACE: where a byte of a row lies in its page, :func:`key_offset` or :func:`value_offset`.
     """
     byte = tl.arange(0, BLOCK_P)
-    parts = ()
+    valid = token < num_tokens
+    row = token.to(tl.int64) * stride_t + head * stride_h
+    raw = ()
     if HADAMARD != 0:
-        parts = split_parts(load_and_mix(x_ptr, offset, valid, D, HADAMARD, MAX_INPUT), PARTS)
-    elif matrix_ptr is not None:
-        parts = rotate_columns(x_ptr, offset, valid, matrix_ptr, D, PART, BLOCK_P, PARTS, BLOCK_D, MAX_INPUT)
-    else:
+        raw = (load_columns(x_ptr, row, valid, D, D), )
+    elif matrix_ptr is None:
         for part in tl.static_range(PARTS):
             there = (byte < PART) & (byte + part * PART < D)
-            x = tl.load(x_ptr + offset[None, :] + (byte + part * PART)[:, None], mask=valid[None, :] & there[:, None],
-                        other=0.0).to(tl.float32)
-            parts += (tl.minimum(tl.maximum(x, -MAX_INPUT), MAX_INPUT), )
+            raw += (tl.load(x_ptr + row[None, :] + (byte + part * PART)[:, None],
+                            mask=valid[None, :] & there[:, None], other=0.0), )
+    slot = token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
+                       PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH)
+    live = slot >= 0
+    slot = tl.maximum(slot, 0)
+    block, offset = slot // PAGE, slot % PAGE
+    parts = ()
+    if HADAMARD != 0:
+        parts = split_parts(mix_columns(raw[0], HADAMARD, MAX_INPUT), PARTS)
+    elif matrix_ptr is not None:
+        parts = rotate_columns(x_ptr, row, valid, matrix_ptr + head * stride_matrix, D, PART, BLOCK_P, PARTS, BLOCK_D,
+                               MAX_INPUT)
+    else:
+        for part in tl.static_range(PARTS):
+            parts += (tl.minimum(tl.maximum(raw[part].to(tl.float32), -MAX_INPUT), MAX_INPUT), )
     if PER_TOKEN:
         step = _grid_step(parts, PARTS, D, RMS, FACTOR, MIN_SCALE)
     else:
-        step = tl.load(static_ptr) + tl.zeros_like(offset).to(tl.float32)
+        step = tl.load(static_ptr + head * stride_static) + tl.zeros_like(offset).to(tl.float32)
     inverse = 1.0 / step
+    place = PLACE(offset[None, :], byte[:, None], PART)
     packed = tl.zeros_like(place).to(tl.int32)
     xc, cc, xx = step * 0.0, step * 0.0, step * 0.0
     for part in tl.static_range(PARTS):
@@ -84,7 +103,8 @@ def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matr
             cc += tl.sum(c * c, 0)
             xx += tl.sum(parts[part] * parts[part], 0)
         packed += tl.where(there, codes << (BITS * part), 0)
-    tl.store(codes_ptr[None, :] + place, packed.to(tl.uint8), mask=live[None, :] & (byte < PART)[:, None])
+    code_ptrs = codes_ptr + block * stride_b + head * stride_bh
+    tl.store(code_ptrs[None, :] + place, packed.to(tl.uint8), mask=live[None, :] & (byte < PART)[:, None])
     if PER_TOKEN:
         scale = step
         if RULE != 0:
@@ -92,7 +112,7 @@ def _write_columns(x_ptr, offset, valid, codes_ptr, scales_ptr, static_ptr, matr
             if RULE == 2:
                 scale = tl.minimum(xx / tl.maximum(xc, MIN_SCALE * MIN_SCALE), scale * MAX_UNBIASED)
             scale = tl.maximum(scale, MIN_SCALE)
-        tl.store(scales_ptr, scale, mask=live)
+        tl.store(scales_ptr + block * stride_sb + head * stride_sh + offset, scale, mask=live)
 
 
 @triton.jit
@@ -104,7 +124,7 @@ def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_row
     valid = column < num_rows
     offset = token * stride_t + head * stride_h
     if HADAMARD != 0:
-        rotated = load_and_mix(query_ptr, offset, valid, D, HADAMARD, float('inf'))
+        rotated = mix_columns(load_columns(query_ptr, offset, valid, D, D), HADAMARD, float('inf'))
     else:
         rotated = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))[0]
     dim = tl.arange(0, BLOCK_D)
@@ -112,7 +132,8 @@ def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_row
              mask=valid[None, :] & (dim < D)[:, None])
 
 
-@triton.jit(do_not_specialize=['batch', 'num_tokens', 'num_counters'])  # they differ from step to step
+# They differ from step to step.
+@triton.jit(do_not_specialize=['batch', 'num_tokens', 'num_counters', 'stride_table'])
 def _fill_kernel(
         key_ptr, value_ptr, query_ptr, rotated_ptr, counters_ptr, k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr,
         k_static_ptr, v_static_ptr, k_matrix_ptr, v_matrix_ptr, q_matrix_ptr,  #
@@ -158,38 +179,19 @@ def _fill_kernel(
         return
     if FILLS:
         token = (pid % tiles) * TOKENS + tl.arange(0, TOKENS)
-        row = token.to(tl.int64)
-        slot = token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table,
-                           batch, PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH)
-        live = slot >= 0
-        slot = tl.maximum(slot, 0)
-        block, offset = slot // PAGE, slot % PAGE
-        k_rotation, v_rotation = None, None
-        k_scale_ptrs, v_scale_ptrs, k_scale_ptr, v_scale_ptr = None, None, None, None
-        if k_matrix_ptr is not None:
-            k_rotation = k_matrix_ptr + head * stride_k_matrix
-        if v_matrix_ptr is not None:
-            v_rotation = v_matrix_ptr + head * stride_v_matrix
-        if PER_TOKEN:
-            k_scale_ptrs = k_scales_ptr + block * stride_ksb + head * stride_ksh + offset
-        else:
-            k_scale_ptr = k_static_ptr + head * stride_k_static
-        if PER_TOKENV:
-            v_scale_ptrs = v_scales_ptr + block * stride_vsb + head * stride_vsh + offset
-        else:
-            v_scale_ptr = v_static_ptr + head * stride_v_static
         if pid < tiles:
-            _write_columns(key_ptr, row * stride_key_t + head * stride_key_h, token < num_tokens,
-                           k_codes_ptr + block * stride_kb + head * stride_kh, k_scale_ptrs, k_scale_ptr, k_rotation,
-                           live, key_offset(offset[None, :], tl.arange(0, BLOCK_P)[:, None], PART), HADAMARD, ENCODE,
-                           OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D, MIN_SCALE,
-                           MAX_INPUT, MAX_UNBIASED, CAP)
+            _fill_rows(key_ptr, k_codes_ptr, k_scales_ptr, k_static_ptr, k_matrix_ptr, head, token, num_tokens,
+                       stride_key_t, stride_key_h, stride_kb, stride_kh, stride_ksb, stride_ksh, stride_k_static,
+                       stride_k_matrix, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
+                       key_offset, HADAMARD, ENCODE, OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P,
+                       D, BLOCK_D, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH, CAP)
         else:
-            _write_columns(value_ptr, row * stride_value_t + head * stride_value_h, token < num_tokens,
-                           v_codes_ptr + block * stride_vb + head * stride_vh, v_scale_ptrs, v_scale_ptr, v_rotation,
-                           live, value_offset(offset[None, :], tl.arange(0, BLOCK_PV)[:, None], PARTV), HADAMARDV,
-                           ENCODEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV, PARTV, BLOCK_PV, DV,
-                           BLOCK_DV, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, CAP)
+            _fill_rows(value_ptr, v_codes_ptr, v_scales_ptr, v_static_ptr, v_matrix_ptr, head, token, num_tokens,
+                       stride_value_t, stride_value_h, stride_vb, stride_vh, stride_vsb, stride_vsh, stride_v_static,
+                       stride_v_matrix, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
+                       value_offset, HADAMARDV, ENCODEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV,
+                       PARTV, BLOCK_PV, DV, BLOCK_DV, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN,
+                       UNIFORM_QUERY_LEN, BATCH, CAP)
 
 
 @dataclass(frozen=True)
@@ -265,8 +267,8 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         **_encoding(fmt.value, 'V'), MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT, MAX_UNBIASED=MAX_UNBIASED,
         **cache.sizes(), HEADS_PER_KV=heads_per_kv,
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
-        UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=triton.next_power_of_2(batch), CAP=cap, num_warps=warps,
-        **dependent_launch(cap))
+        UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=1 if layout.uniform_query_len else batch_block(batch),
+        CAP=cap, num_warps=warps, **dependent_launch(cap))
 
 
 def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, butterflies: bool) -> tuple[int, int]:

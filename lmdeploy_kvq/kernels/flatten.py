@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .codecs import decoding
-from .launch import check_device, compute_capability
+from .launch import batch_block, check_device, compute_capability
 from .tiles import key_rows, locate_tile, tile_block, tile_offset, value_columns
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _zero_rows(out_ptrs, behind, D: tl.constexpr, BLOCK_D: tl.constexpr):
              mask=behind[:, None] & (dim < D)[None, :])
 
 
-@triton.jit(do_not_specialize=['batch', 'total_rows'])  # they differ from step to step
+@triton.jit(do_not_specialize=['batch', 'total_rows', 'stride_table'])  # they differ from step to step
 def _flatten_kernel(
         k_codes_ptr, v_codes_ptr, k_scales_ptr, v_scales_ptr, k_static_ptr, v_static_ptr, k_matrix_ptr, v_matrix_ptr,
         key_out_ptr, value_out_ptr, key_new_ptr, value_new_ptr, q_start_ptr, q_len_ptr, first_ptr, last_ptr, table_ptr,
@@ -191,4 +191,4 @@ def flatten(cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor,
         v_transform.stride_h if v_transform else 0,
         *cache.strides(), *key_out.stride()[:2], *value_out.stride()[:2],
         *(new.key.stride()[:2] if new else (0, 0)), *(new.value.stride()[:2] if new else (0, 0)),
-        **decoding(cache.format, cap), **cache.sizes(), BLOCK_N=block_n, BATCH=triton.next_power_of_2(batch), CAP=cap)
+        **decoding(cache.format, cap), **cache.sizes(), BLOCK_N=block_n, BATCH=batch_block(batch), CAP=cap)

@@ -71,11 +71,16 @@ def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero):
 
 
 @triton.jit
-def load_and_mix(x_ptr, offset, valid, D: tl.constexpr, FACTOR: tl.constexpr, LIMIT: tl.constexpr):
-    """Rows at ``x_ptr + offset`` [columns], clamped to LIMIT, through :func:`hadamard_columns`: fp32 [D, columns]."""
-    PRECISION: tl.constexpr = 'ieee' if x_ptr.dtype.element_ty == tl.float32 else 'tf32'
-    dim = tl.arange(0, D)
-    x = tl.load(x_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim < D)[:, None], other=0.0)
+def load_columns(x_ptr, offset, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [D] at ``x_ptr + offset`` [columns] as they are, [BLOCK_D, columns]."""
+    dim = tl.arange(0, BLOCK_D)
+    return tl.load(x_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim < D)[:, None], other=0.0)
+
+
+@triton.jit
+def mix_columns(x, FACTOR: tl.constexpr, LIMIT: tl.constexpr):
+    """Columns x [D, columns] of any float type, clamped to LIMIT, through :func:`hadamard_columns`: fp32."""
+    PRECISION: tl.constexpr = 'ieee' if x.dtype == tl.float32 else 'tf32'
     return hadamard_columns(tl.minimum(tl.maximum(x.to(tl.float32), -LIMIT), LIMIT), FACTOR, PRECISION, 0)
 
 

@@ -76,7 +76,7 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
     Args:
         pid: index of this program among ``target``.
         kv_lens_ptr: [batch] lengths.
-        batch: sequences; ``BATCH`` is its next power of two.
+        batch: sequences; ``BATCH`` is a power of two, as many or more.
 
     Returns:
         (seq, tile, count, total, programs): the sequence and the tile inside it to begin with, how many tiles to take
@@ -107,7 +107,7 @@ def locate_tile(pid, first_ptr, last_ptr, batch, BLOCK_N: tl.constexpr, BATCH: t
     Args:
         pid: index of this program.
         first_ptr, last_ptr: [batch] the ranges; without ``first_ptr`` (None) they begin at 0. last >= first.
-        batch: sequences; ``BATCH`` is its next power of two.
+        batch: sequences; ``BATCH`` is a power of two, as many or more.
 
     Returns:
         (seq, tile, first, last, start): the sequence, the tile's number in it, its range, and the dense row of
