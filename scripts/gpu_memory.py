@@ -1,6 +1,7 @@
-"""Device memory as nvidia-smi tells it: of a process and its children where it knows, else of the whole GPU."""
+"""Device memory as nvidia-smi tells it: of a process and its children where it knows, else of whole GPUs."""
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -9,10 +10,12 @@ from types import TracebackType
 
 
 def query(what: str) -> list[list[str]]:
-    """Rows of ``nvidia-smi --query-WHAT``; empty where there is no nvidia-smi or it fails."""
+    """Rows of ``nvidia-smi --query-WHAT`` of the GPUs that this process may use; empty where it is missing or fails."""
+    command = ['nvidia-smi', f'--query-{what}', '--format=csv,noheader,nounits']
+    if visible := os.environ.get('CUDA_VISIBLE_DEVICES'):
+        command.append(f'--id={visible}')
     try:
-        done = subprocess.run(['nvidia-smi', f'--query-{what}', '--format=csv,noheader,nounits'], text=True,
-                              capture_output=True, timeout=20)
+        done = subprocess.run(command, text=True, capture_output=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
     lines = done.stdout.splitlines() if done.returncode == 0 else []

@@ -69,6 +69,7 @@ ROWS = (
     Row('parallel.transfer', 'Prefill and decode separated, KV connectors: formats and scales compared at both ends',
         needs_gpu=False),
     Row('memory.blocks', 'num_gpu_blocks within 1 % of what the bytes allow'),
+    Row('memory.plan', '`lmdeploy-kvq plan` within 3 % of num_gpu_blocks'),
     Row('memory.growth', 'No growth of device memory over 10,000 requests'),
     Row('memory.graph_tables', 'Block tables of CUDA graphs bounded, or a warning with the flag that bounds them'),
     Row('load.soak', 'Mixed random load on the real server, every answer checked (scripts/soak.py)'),

@@ -112,6 +112,14 @@ def test_blocks_take_the_bytes_there_are(tmp_path):
     assert tables['int2_per_token_head'] > 100e6, 'without a bound it would be 233 MB'
 
 
+@pytest.mark.xdist_group('alone')
+@pytest.mark.covers('memory.plan')
+def test_alone_the_plan_is_what_the_engine_allocates(tmp_path):
+    """Within 3 %, for three shapes."""
+    code, data, text = program('plan', tmp_path)
+    assert code == 0 and len({row['shape'] for row in data['rows']}) == 3, text
+
+
 @pytest.mark.xdist_group('update')
 @pytest.mark.covers('feature.update', 'feature.sleep')
 def test_live_updates_and_both_levels_of_sleep(tmp_path):
