@@ -293,11 +293,16 @@ class Workspace:
         return self
 
     def combining(self, cache: PagedCache, rows: int) -> dict[str, int]:
-        """Columns of results that a program combines, and results at a time: as many as 64 registers per lane hold."""
+        """Columns of results that a program combines, and results at a time: as many as 64 registers per lane hold.
+
+        With eight columns 32: more would make the whole kernel keep to its limit, and the loop over pages pay for it.
+        """
         sizes = cache.sizes()
         columns = min(self.block_m, triton.next_power_of_2(rows))
         elements = columns * sizes['BLOCK_PV'] * sizes['PARTSV']
-        return {'COLUMNS': columns, 'AT_ONCE': max(1, min(FAN.value, 64 * 32 * self.config.num_warps // elements))}
+        registers = 32 if columns == 8 else 64
+        return {'COLUMNS': columns,
+                'AT_ONCE': max(1, min(FAN.value, registers * 32 * self.config.num_warps // elements))}
 
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
         """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
