@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Features of the engine, with each cache: what one engine answers, another one without the feature has to confirm.
 
-  scripts/features_check.py [--groups blocks,cache,piecewise] [--formats NAME,NAME] [--jobs N] [--out FOLDER]
+  scripts/features_check.py [--groups blocks,cache,chunks,piecewise] [--formats NAME,NAME] [--jobs N] [--out FOLDER]
 
 Groups: ``blocks``: block sizes 16 to 256, kernel blocks smaller than blocks; ``cache``: prefix caching in a pool that
-does not hold the prompts, with requests aborted and cancelled in mid-stream, and chunked prefill in the engine of
-another process; ``piecewise``: CUDA graphs of prefill, with and without history.
+does not hold the prompts, with requests aborted and cancelled in mid-stream; ``chunks``: chunked prefill, in the engine
+of another process; ``piecewise``: CUDA graphs of prefill, with and without history.
 
 Every answer is read in one prefill by a plain engine of the same format (prefill reads the cache everywhere, so that
 history changes nothing), which says how far each token is from the one it finds likeliest. Those gaps are what another
@@ -70,7 +70,7 @@ CASES = {
     'blocks of 256 in kernel blocks of 64': Case('blocks', blocks(256, 64)),
     'small pool': Case('cache', {'num_gpu_blocks': SMALL, 'enable_prefix_caching': True}, scenario='pressure',
                        bf16=True),
-    'mp engine, chunks': Case('cache', blocks(64, enable_mp_engine=True, max_prefill_token_num=256), bf16=True),
+    'mp engine, chunks': Case('chunks', blocks(64, enable_mp_engine=True, max_prefill_token_num=256), bf16=True),
     'qwen3': Case('piecewise', blocks(64), model='qwen3', bf16=True),
     # steps of at most 1,024 tokens, so that each finds its graph
     'qwen3, prefill graphs': Case('piecewise', blocks(64, enable_prefix_caching=True, max_prefill_token_num=1024,
@@ -164,7 +164,7 @@ def verdicts(rows: list[dict]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--groups', default='blocks,cache,piecewise')
+    parser.add_argument('--groups', default='blocks,cache,chunks,piecewise')
     parser.add_argument('--formats', default='fp8_per_token_head,int4_per_token_head')
     parser.add_argument('--jobs', type=int, default=12, help='engines at once (default: %(default)s)')
     parser.add_argument('--out', type=Path)
