@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -48,7 +48,7 @@ def shared(a: list[list[int]], b: list[list[int]]) -> tuple[float, float]:
     return sum(p == 1 for p in prefix) / len(prefix), sum(prefix) / len(prefix)
 
 
-def run(model: str, jobs: int, ways: Iterable[str] = tuple(WAYS), new_tokens: int = 32) -> list[dict]:
+def run(model: str, jobs: int, ways: Sequence[str] = tuple(WAYS), new_tokens: int = 32) -> list[dict]:
     """One row per policy, way and round; the ways that others are compared with are ``eager`` and ``cache eager``."""
     policies = {'none': 0, **{fmt.name: fmt.policy for fmt in FORMATS}}
 

@@ -79,7 +79,7 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
     block, offset = slot // PAGE, slot % PAGE
     parts = ()
     if HADAMARD != 0:
-        parts = split_parts(mix_columns(raw[0], HADAMARD, MAX_INPUT), PARTS)
+        parts = split_parts(mix_columns(raw[0], HADAMARD, MAX_INPUT), PARTS)  # type: ignore[misc]
     elif matrix_ptr is not None:
         parts = rotate_columns(x_ptr, row, valid, matrix_ptr + head * stride_matrix, D, PART, BLOCK_P, PARTS, BLOCK_D,
                                MAX_INPUT)
