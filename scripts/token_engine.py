@@ -84,8 +84,10 @@ async def generate(engine: Any, session: int, ids: list[int], new_tokens: int, s
     """
     from lmdeploy.messages import GenerationConfig
     vocabulary = engine.model_config.vocab_size
+    # LMDeploy takes every image token of a prompt for one of its picture: none may be generated, to be scored later
+    never = [spec['image']['token']] if spec.get('image') else None
     config = GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, top_k=1, temperature=1.0,
-                              logprobs=vocabulary if scored else None)
+                              logprobs=vocabulary if scored else None, bad_token_ids=never)
     tokens, rows = [], []
     async for out in _stream(engine, session, ids, config, spec):
         tokens += out.token_ids

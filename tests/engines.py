@@ -192,7 +192,12 @@ def engines_of(folder: Path, name: str, longest: int | None) -> Figures:
 
 def prefill_that_can(name: str) -> dict[str, str]:
     """Environment in which LMDeploy's prefill can run an architecture: the fa3_fwd wheels have no sliding windows."""
-    if not models.ARCHITECTURES[name].windowed or importlib.util.find_spec('fa3_fwd_interface') is None:
+    return without_fa3() if models.ARCHITECTURES[name].windowed else {}
+
+
+def without_fa3() -> dict[str, str]:
+    """Environment in which LMDeploy does not find the fa3_fwd wheels, which lack what it takes for granted."""
+    if importlib.util.find_spec('fa3_fwd_interface') is None:
         return {}
     return {'PYTHONPATH': os.pathsep.join([str(WITHOUT_FA3), *filter(None, [os.environ.get('PYTHONPATH')])])}
 
