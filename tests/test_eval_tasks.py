@@ -21,6 +21,9 @@ doc_to_text: "What is {{{{question}}}}? Answer:"
 doc_to_target: "{{{{answer}}}}"
 {more}
 """
+GREEDY = """generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}"""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,10 +71,8 @@ def task(tmp_path, monkeypatch):
     def write(kind='generate_until', more=''):
         data = tmp_path / 'sums.jsonl'
         data.write_text('\n'.join(json.dumps({'question': q, 'answer': a}) for q, a in QUESTIONS))
-        more = more or ('generation_kwargs: {until: ["\\n"], max_gen_toks: 8}\nmetric_list:\n'
-                        '  - {metric: exact_match, aggregation: mean, higher_is_better: true}')
         (tmp_path / 'tasks').mkdir(exist_ok=True)
-        (tmp_path / 'tasks' / 'sums.yaml').write_text(TASK.format(data=data, kind=kind, more=more))
+        (tmp_path / 'tasks' / 'sums.yaml').write_text(TASK.format(data=data, kind=kind, more=more or GREEDY))
         return str(tmp_path / 'tasks')
 
     return write
