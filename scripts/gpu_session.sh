@@ -2,7 +2,12 @@
 # Everything that needs a GPU, in parts. Results and logs go to a folder; copy its JSON files to benchmarks/results.
 # Usage: gpu_session.sh OUT PART...   (SmolLM2 in ~/models/smollm2; KVQ_COMMIT names the commit where git does not)
 #   kernels   the kernels' tests: two minutes on 18 cores
-#   engines   the engines' tests that TESTS selects (default: all that share a GPU), and OUT/compatibility_gpu.json
+#   matrix    graphs, prefix cache and chunks against eager engines, every format: about four minutes
+#   tools     calibrated scales and transforms, metrics, eval: about five minutes
+#   ways      adapters, pictures, hybrid models, drafts, older LMDeploy, updates, faults: about four minutes
+#   pairs     what needs two GPUs: about eight minutes
+#   plan      the plan against what engines allocate, on an empty GPU: two minutes
+#   engines   the engines' tests that TESTS selects (default: all that share a GPU)
 #   accuracy  accuracy of every format, and what transforms gain: about six minutes
 #   bench     decode and fill, timed alone, and counters: about seven minutes
 #   peers     FlashInfer beside us, where it is installed
@@ -10,7 +15,10 @@
 #   faults    killed engines, hostile requests, model folders side by side, then memory: about five minutes
 #   soak      three servers under load, side by side: about nine minutes
 #   sanitize  every kernel under compute-sanitizer: up to ten minutes
-# Whatever runs is interrupted END seconds (default 580) after the start, so that it can still write what it has.
+# Tests add their outcomes to OUT/compatibility_gpu.json. Whatever runs is interrupted END seconds (default 580) after
+# the start, so that it can still write what it has. One GPU's parts beside another's, longer than a call may take, from
+# a copy that later calls do not touch:
+#   cp -a . ~/copy; cd ~/copy; CUDA_VISIBLE_DEVICES=1 END=1500 setsid nohup scripts/gpu_session.sh ~/results matrix ways &
 set -u
 out=$1; shift; mkdir -p "$out"
 start=$SECONDS
@@ -21,13 +29,26 @@ run() {  # run SECONDS NAME COMMAND...: log to OUT/NAME.log, then its last lines
   echo "== $name: exit $?, after $((SECONDS - start)) s"
   grep -v 'Warn\|INFO\|it/s' "$out/$name.log" | tail -25 | cut -c1-180
 }
+# An engine whose PyTorch compiles something starts a process per core for it: with sixteen engines, five hundred.
+export TORCHINDUCTOR_COMPILE_THREADS=1
+tests() {  # SECONDS NAME WORKERS TESTS
+  [ -f "$out/compatibility_gpu.json" ] || cp benchmarks/results/compatibility_gpu.json "$out/"
+  run "$1" "$2" make --no-print-directory test-gpu-engines ENGINES="$3" \
+    ARGS="--durations=0 --evidence $out/compatibility_gpu.json -k '$4'"
+}
 for part in "$@"; do
+  echo "== $part begins, $((SECONDS - start)) s"
   case $part in
   kernels) run 400 kernels make --no-print-directory test-gpu-kernels JOBS="${JOBS:-$(($(nproc) * 9 / 16))}" ;;
+  matrix) tests 500 matrix 1 'graphs_give or prefix_cache_and or exact_prompt'; tests 200 chunks 1 chunks_of_every ;;
+  tools) tests 600 tools 4 'not two and (calibrated or metrics_endpoint or eval_measures)' ;;
+  ways)
+    ways='adapters or qwen2_vl or picture or qwen3_next or qwen3_5 or acceptance or older_engine or blocks_take'
+    tests 600 ways 4 "$ways or live_updates or ten_thousand or engine_is_killed or missing" ;;
+  pairs) tests 600 pairs 2 'two_gpus or two_data' ;;
+  plan) tests 300 plan 1 alone_the_plan ;;
   engines)
-    [ -f "$out/compatibility_gpu.json" ] || cp benchmarks/results/compatibility_gpu.json "$out/"
-    run 580 engines make --no-print-directory test-gpu-engines ENGINES="${ENGINES:-5}" \
-      ARGS="--durations=0 --evidence $out/compatibility_gpu.json -k '(${TESTS:-test}) and not alone'"
+    tests 580 engines "${ENGINES:-5}" "(${TESTS:-test}) and not alone"
     run 60 cost python3 -m pytest -q -p no:cacheprovider tests/test_saturation.py -k alone ;;
   accuracy)
     run 400 accuracy python3 scripts/eval_engine.py --jobs 10 --out "$out"
