@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
     """A small Llama with a tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    path = tmp_path_factory.mktemp('llama')
+    # LMDeploy takes a chat template by the folder's name; pytest's third 'llama' on a worker would be a Llama 2
+    path = tmp_path_factory.mktemp('model') / 'tiny'
     llama().save_pretrained(path)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
