@@ -26,44 +26,40 @@ sys.path.insert(0, str(SCRIPTS))
 @pytest.fixture(scope='module')
 def matrix() -> dict[tuple[str, str, int], dict]:
     """One row per (format, way, round); see scripts/engine_matrix.py."""
-    from engine_matrix import WAYS, run
+    from engine_matrix import run
     jobs = max(8, (os.cpu_count() or 1) // 2)  # an engine compiles on one core, mostly
-    asked = [way for way in WAYS if way not in ('prefix', 'chunked')]  # what those say is how prompts are read
-    return {(row['format'], row['way'], row['round']): row for row in run(MODEL, jobs, asked)}
+    return {(row['format'], row['way'], row['round']): row for row in run(MODEL, jobs=jobs)}
 
 
 @pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
 @pytest.mark.covers('feature.graphs')
 def test_graphs_give_the_eager_text(matrix, fmt):
-    """CUDA graphs repeat the eager tokens of the same batch; padded to 8 sequences, as far as bf16 does."""
-    rows = {matrix[fmt.name, 'graph', number]['batch']: matrix[fmt.name, 'graph', number] for number in range(3)}
-    assert rows[64]['equal_sequences'] == rows[1]['equal_sequences'] == 1
-    assert rows[7]['equal_sequences'] >= matrix['none', 'graph', 2]['equal_sequences'] - 1 / 7
+    """CUDA graphs at batch 64 repeat the eager tokens; smaller batches differ no more than bf16's do."""
+    assert matrix[fmt.name, 'graph', 2]['equal_sequences'] == 1
+    for number in (0, 1):
+        floor = matrix['none', 'graph', number]['equal_sequences']
+        assert matrix[fmt.name, 'graph', number]['equal_sequences'] >= floor - 1 / 7
+    assert matrix[fmt.name, 'graph', 0]['equal_at_batch'] == 1
 
 
 @pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
 @pytest.mark.covers('feature.prefix', 'feature.chunks')
 def test_prefix_cache_and_chunks_read_what_was_written(matrix, fmt):
-    """Where prefill reads the cache, history in the prefix cache or in chunks changes nothing.
-
-    Chunks make other sums of every prompt token; with fewer than eight bits text parts by them, and another test asks
-    how likely its tokens are (test_features_gpu.py).
-    """
+    """Where prefill reads the cache, history in the prefix cache or in chunks changes nothing."""
     assert matrix[fmt.name, 'cache prefix', 1]['cached_tokens'] > 10_000
     assert matrix[fmt.name, 'cache prefix', 0]['equal_sequences'] == 1
-    floor = min(matrix['none', way, n]['equal_sequences'] for way, n in (('cache prefix', 1), ('cache chunked', 0)))
+    floor = min(matrix['none', way, n]['equal_sequences'] for way, n in (('prefix', 1), ('chunked', 0)))
     assert matrix[fmt.name, 'cache prefix', 1]['equal_sequences'] >= floor - 0.1
-    if min(fmt.key.codec.bits, fmt.value.codec.bits) == 8:
-        assert matrix[fmt.name, 'cache chunked', 0]['equal_sequences'] >= floor - 0.1
+    assert matrix[fmt.name, 'cache chunked', 0]['equal_sequences'] >= floor - 0.1
 
 
 @pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
 def test_exact_prompt_without_history(matrix, fmt):
     """The first token after a prompt without history is bf16's: prefill attends to raw keys and values."""
-    assert matrix[fmt.name, 'graph', 0]['first_tokens'] == matrix['none', 'graph', 0]['first_tokens']
+    assert matrix[fmt.name, 'graph', 2]['first_tokens'] == matrix['none', 'graph', 2]['first_tokens']
 
 
 @pytest.mark.xdist_group('one')
