@@ -35,7 +35,7 @@ from benchlib import (
     rotations,
     write_results,
 )
-from targets import EVERY, OTHERS, PRESETS, VERDICT, Preset, verdicts
+from targets import EVERY, KNOWN, PRESETS, VERDICT, Preset, verdicts
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.decode import DecodeConfig, Workspace, decode
@@ -309,7 +309,7 @@ def main() -> None:
     for flag, kind in (('shapes', str), ('loads', str), ('pages', int), ('query-lens', int), ('contenders', str)):
         parser.add_argument(f'--{flag}', type=lambda s, kind=kind: tuple(map(kind, s.split(','))))
     parser.add_argument('--preset',
-                        help=f'{", ".join([*PRESETS, *OTHERS])}, several with commas, or all that targets are about')
+                        help=f'{", ".join(KNOWN)}, several with commas, or all that targets are about')
     parser.add_argument('--jobs', type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)),
                         help='processes that compile first, 0: none')
     parser.add_argument('--append', action='store_true', help="keep the file's rows that are not measured anew")
@@ -318,13 +318,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.preset:
-        known = {**PRESETS, **OTHERS}
         names = list(PRESETS) if args.preset == 'all' else args.preset.split(',')
-        if unknown := set(names) - set(known):
-            parser.error(f'no preset {", ".join(sorted(unknown))}; there are {", ".join(known)}, all')
+        if unknown := set(names) - set(KNOWN):
+            parser.error(f'no preset {", ".join(sorted(unknown))}; there are {", ".join(KNOWN)}, all')
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)
                  if getattr(args, field.name)}
-        presets = {name: dataclasses.replace(known[name], **given) for name in names}
+        presets = {name: dataclasses.replace(KNOWN[name], **given) for name in names}
     else:
         presets = {'table': Preset(args.shapes or SHAPES, args.loads or LOADS, args.pages or (64, 128),
                                    args.query_lens or (1, ), args.contenders or EVERY)}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from compatibility import evidence, origin, tables
 from labels import label
-from targets import OTHERS, PRESETS, TARGETS, verdicts
+from targets import KNOWN, PRESETS, TARGETS, verdicts
 
 from lmdeploy_kvq import FORMATS, KVFormat
 from lmdeploy_kvq.hook import PATCHES
@@ -120,7 +120,7 @@ def number(row: dict, key: str, form: str) -> str:
 
 def decode(preset: str = 'targets', name: str = 'decode') -> str:
     """The committed decode measurements of a preset, whichever preset measured them; a column per policy."""
-    rows = [row for row in results(name) if {**PRESETS, **OTHERS}[preset].holds(row)]
+    rows = [row for row in results(name) if KNOWN[preset].holds(row)]
     if not rows:
         return NOT_MEASURED
     columns = list(dict.fromkeys((row['contender'], row['policy']) for row in rows))

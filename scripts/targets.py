@@ -58,6 +58,7 @@ PRESETS = {
 }
 OTHERS = {'peers': Preset((MAIN[0], MAIN[2]), LOADS, contenders=(*CONTENDERS, 'flashinfer:0', 'flashinfer:16'))}
 """What no target is about."""
+KNOWN = {**PRESETS, **OTHERS}
 
 Bound = tuple[float, float, dict]  # value, limit, row
 

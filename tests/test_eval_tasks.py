@@ -21,9 +21,6 @@ doc_to_text: "What is {{{{question}}}}? Answer:"
 doc_to_target: "{{{{answer}}}}"
 {more}
 """
-GREEDY = """generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}"""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,11 +65,13 @@ def task(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
     monkeypatch.setenv('HF_DATASETS_OFFLINE', '1')
 
-    def write(kind='generate_until', more=''):
+    def write(kind='generate_until', more='', questions=QUESTIONS):
         data = tmp_path / 'sums.jsonl'
-        data.write_text('\n'.join(json.dumps({'question': q, 'answer': a}) for q, a in QUESTIONS))
+        data.write_text('\n'.join(json.dumps({'question': q, 'answer': a}) for q, a in questions))
+        more = more or ('generation_kwargs: {until: ["\\n"], max_gen_toks: 8}\nmetric_list:\n'
+                        '  - {metric: exact_match, aggregation: mean, higher_is_better: true}')
         (tmp_path / 'tasks').mkdir(exist_ok=True)
-        (tmp_path / 'tasks' / 'sums.yaml').write_text(TASK.format(data=data, kind=kind, more=more or GREEDY))
+        (tmp_path / 'tasks' / 'sums.yaml').write_text(TASK.format(data=data, kind=kind, more=more))
         return str(tmp_path / 'tasks')
 
     return write

@@ -21,7 +21,8 @@ from helpers import clean_environment
 pytest.importorskip('transformers', minversion='5')
 pytest.importorskip('aiohttp')
 from test_calibrate import folder as small_model  # noqa: F401  a fixture: a small Llama with a tokenizer
-from test_eval_tasks import GREEDY, TASK
+from test_eval_tasks import QUESTIONS
+from test_eval_tasks import task as lm_eval_task  # noqa: F401  a fixture: writes a task
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / 'scripts'))
@@ -163,28 +164,18 @@ def test_a_whole_run(url, small_model, monkeypatch):  # noqa: F811
 # ---- lm-eval
 
 
-def test_lm_eval_scores_what_the_server_says(url, tmp_path, monkeypatch, capsys):
+def test_lm_eval_scores_what_the_server_says(url, small_model, lm_eval_task, capsys):  # noqa: F811
     """``eval --server --task`` against LMDeploy's own completions: two of three given answers are the server's."""
-    pytest.importorskip('lm_eval')
     from lmdeploy_kvq import cli
-    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
-    monkeypatch.setenv('HF_DATASETS_OFFLINE', '1')
-    questions, answers = ('two plus two', 'one plus one', 'three plus one'), []
-    with urllib.request.urlopen(url + '/v1/models', timeout=20) as reply:
-        model = json.load(reply)['data'][0]['id']
-    for question in questions:
-        body = {'model': model, 'prompt': f'What is {question}? Answer:', 'max_tokens': 8, 'temperature': 0}
-        request = urllib.request.Request(url + '/v1/completions', json.dumps(body).encode(),
-                                         {'Content-Type': 'application/json'})
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            answers.append(json.load(reply)['choices'][0]['text'].split('\n')[0])
-    assert all(answers)
-    data = tmp_path / 'sums.jsonl'
-    data.write_text('\n'.join(json.dumps({'question': q, 'answer': a})
-                              for q, a in zip(questions, [*answers[:2], 'something else'], strict=True)))
-    (tmp_path / 'tasks').mkdir()
-    (tmp_path / 'tasks' / 'sums.yaml').write_text(TASK.format(data=data, kind='generate_until', more=GREEDY))
-    assert cli.main(['eval', '--server', url, '--task', 'sums', '--task-folder', str(tmp_path / 'tasks')]) == 0
+    given = []
+    for question, _ in QUESTIONS[:3]:
+        status, text = hostile.send(url, hostile.COMPLETIONS, hostile.completion(
+            str(small_model), prompt=f'What is {question}? Answer:', max_tokens=8), hostile.JSON)
+        assert status == 200
+        given.append((question, json.loads(text)['choices'][0]['text'].split('\n')[0]))
+    assert all(answer for _, answer in given)
+    given[2] = given[2][0], 'something else'
+    assert cli.main(['eval', '--server', url, '--task', 'sums', '--task-folder', lm_eval_task(questions=given)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('sums'))
     assert line.split()[1:3] == ['exact_match', '0.6667']
 
