@@ -5,6 +5,7 @@
 #   matrix    graphs, prefix cache and chunks against eager engines, every format: about four minutes
 #   tools     calibrated scales and transforms, metrics, eval: about five minutes
 #   ways      adapters, pictures, hybrid models, drafts, older LMDeploy, updates, faults: about four minutes
+#   update    live weight updates and sleep, and blocks per byte: two minutes
 #   pairs     what needs two GPUs: about eight minutes
 #   plan      the plan against what engines allocate, on an empty GPU: two minutes
 #   engines   the engines' tests that TESTS selects (default: all that share a GPU)
@@ -15,7 +16,7 @@
 #   faults    killed engines, hostile requests, model folders side by side, then memory: about five minutes
 #   soak      three servers under load, side by side: about nine minutes
 #   sanitize  every kernel under compute-sanitizer: up to ten minutes
-# Tests add their outcomes to OUT/compatibility_gpu.json. Whatever runs is interrupted END seconds (default 580) after
+# Tests add their outcomes to OUT/compatibility_gpu.json, and leave their programs' files there. Whatever runs is interrupted END seconds (default 580) after
 # the start, so that it can still write what it has. One GPU's parts beside another's, longer than a call may take, from
 # a copy that later calls do not touch:
 #   cp -a . ~/copy; cd ~/copy; CUDA_VISIBLE_DEVICES=1 END=1500 setsid nohup scripts/gpu_session.sh ~/results matrix ways &
@@ -34,7 +35,7 @@ export TORCHINDUCTOR_COMPILE_THREADS=1
 tests() {  # SECONDS NAME WORKERS TESTS
   [ -f "$out/compatibility_gpu.json" ] || cp benchmarks/results/compatibility_gpu.json "$out/"
   run "$1" "$2" make --no-print-directory test-gpu-engines ENGINES="$3" \
-    ARGS="--durations=0 --evidence $out/compatibility_gpu.json -k '$4'"
+    ARGS="--durations=0 --evidence $out/compatibility_gpu.json --results $out -k '$4'"
 }
 for part in "$@"; do
   echo "== $part begins, $((SECONDS - start)) s"
@@ -45,6 +46,7 @@ for part in "$@"; do
   ways)
     ways='adapters or qwen2_vl or picture or qwen3_next or qwen3_5 or acceptance or older_engine or blocks_take'
     tests 600 ways 4 "$ways or live_updates or ten_thousand or engine_is_killed or missing" ;;
+  update) tests 300 update 2 'live_updates or blocks_take' ;;
   pairs) tests 600 pairs 2 'two_gpus or two_data' ;;
   plan) tests 300 plan 1 alone_the_plan ;;
   engines)

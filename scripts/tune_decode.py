@@ -7,12 +7,12 @@ import itertools
 from pathlib import Path
 
 import torch
-from bench_decode import Load, Ours
-from benchlib import graph_us, print_table, read_us, write_results
+from bench_decode import Load, Ours, make_query, measure
+from benchlib import print_table, read_us, write_results
 
 from lmdeploy_kvq.kernels.decode import DecodeConfig
 
-PARAMETERS = ('block_n', 'occupancy', 'num_warps', 'num_stages', 'maxnreg')
+PARAMETERS = ('block_n', 'occupancy', 'num_warps', 'num_stages', 'maxnreg', 'programs')
 
 
 def main() -> None:
@@ -26,31 +26,33 @@ def main() -> None:
     parser.add_argument('--num-warps', default='4')
     parser.add_argument('--num-stages', default='2,3')
     parser.add_argument('--maxnreg', default='0', help='register limits, 0 for none')
+    parser.add_argument('--programs', default='0', help='programs per KV head, 0 for as many as run at once')
     parser.add_argument('--out', type=Path, default=None, help='folder of the result file')
     parser.add_argument('--top', type=int, default=3)
     parser.add_argument('--all', action='store_true', help='print every measurement')
     args = parser.parse_args()
-    rows = []
-    for shape, spec, page, fmt in itertools.product(args.shapes.split(','), args.loads.split(','),
-                                                    map(int, args.pages.split(',')), args.formats.split(',')):
+    rows: list[dict] = []
+    for shape, page, fmt in itertools.product(args.shapes.split(','), map(int, args.pages.split(',')),
+                                              args.formats.split(',')):
         heads, kv_heads, dim = map(int, shape.split('x'))
-        load = Load.build(spec, page, 2 * kv_heads * dim)
-        ours = Ours(fmt, load, page, kv_heads, dim, {})
-        read = read_us(int(ours.bytes_per_token * int(load.lens.sum())))
-        query = torch.randn((len(load.lens), heads, dim), dtype=torch.bfloat16, device='cuda')
-        found = []
-        for values in itertools.product(*(map(int, getattr(args, name).split(',')) for name in PARAMETERS)):
-            chosen = dict(zip(PARAMETERS, values))
-            ours.config = DecodeConfig(**{**chosen, 'maxnreg': chosen['maxnreg'] or None})
-            try:
-                us = graph_us(lambda i: ours(query, load.tables[i % len(load.tables)], load.lens, 1), 8)
-            except Exception as error:
-                print(shape, spec, page, ours.config, type(error).__name__, str(error)[:100])
-                continue
-            found.append({'shape': shape, 'load': spec, 'page': page, 'format': fmt, **chosen, 'us': us,
-                          'read_fraction': read / us, 'error': ours.error(query, load.tables[0], load.lens, 1)})
-        found.sort(key=lambda row: row['us'])
-        rows += found if args.all else found[:args.top]
+        loads = Load.build_all(args.loads.split(','), page, 2 * kv_heads * dim)
+        ours = Ours(fmt, next(iter(loads.values())), page, kv_heads, dim, {})
+        for spec, load in loads.items():
+            read = read_us(int(ours.bytes_per_token * int(load.lens.sum())))
+            query = make_query(load, heads, dim, 1)
+            found = []
+            for values in itertools.product(*(map(int, getattr(args, name).split(',')) for name in PARAMETERS)):
+                chosen = dict(zip(PARAMETERS, values))
+                ours.config = DecodeConfig(**{name: value or None for name, value in chosen.items()})
+                try:
+                    us = measure(ours, load, query, 1)
+                except Exception as error:
+                    print(shape, spec, page, ours.config, type(error).__name__, str(error)[:100])
+                    continue
+                found.append({'shape': shape, 'load': spec, 'page': page, 'format': fmt, **chosen, 'us': us,
+                              'read_fraction': read / us})
+            found.sort(key=lambda row: row['us'])
+            rows += found if args.all else found[:args.top]
         del ours
         torch.cuda.empty_cache()
     print_table(rows, list(rows[0]))

@@ -53,7 +53,8 @@ def specialized(kernel: triton.JITFunction, args: tuple, kwargs: dict) -> tuple[
     Returns:
         (signature, constants, attributes, options).
     """
-    options = {k: kwargs[k] for k in ('num_warps', 'num_stages', 'launch_pdl', 'maxnreg') if k in kwargs}
+    options = {k: kwargs[k] for k in ('num_warps', 'num_stages', 'launch_pdl', 'maxnreg', 'enable_fp_fusion')
+               if k in kwargs}
     given = dict(zip(kernel.arg_names, args), **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, attributes = {}, {}, {}

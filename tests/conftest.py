@@ -1,5 +1,7 @@
 """Shared setup: kernels run on the GPU where there is one, else on the CPU in Triton's interpreter."""
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,8 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
-    """The option."""
+    """The options."""
+    parser.addoption('--results', type=Path, help="folder that tests leave their programs' result files in")
     parser.addoption('--whole', action='store_true', help="all combinations of format and case of the kernels' tests, "
                      'here: by default the interpreter takes one half, and a GPU the other')
 
@@ -67,3 +70,15 @@ def _device() -> str:
 def device() -> str:
     """Where kernels run: 'cuda', or 'cpu' under Triton's interpreter."""
     return _device()
+
+
+@pytest.fixture(autouse=True)
+def keep_results(request):
+    """``--results``: what a test's programs wrote is more than the test asserts."""
+    folder = request.config.getoption('--results')
+    wrote = request.getfixturevalue('tmp_path') if folder and 'tmp_path' in request.fixturenames else None
+    yield
+    if wrote:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in wrote.glob('*.json'):
+            shutil.copy(path, folder)

@@ -24,11 +24,14 @@ sys.path.insert(0, str(SCRIPTS))
 
 
 @pytest.fixture(scope='module')
-def matrix() -> dict[tuple[str, str, int], dict]:
+def matrix(request) -> dict[tuple[str, str, int], dict]:
     """One row per (format, way, round); see scripts/engine_matrix.py."""
+    from benchlib import write_results
     from engine_matrix import run
-    jobs = max(8, (os.cpu_count() or 1) // 2)  # an engine compiles on one core, mostly
-    return {(row['format'], row['way'], row['round']): row for row in run(MODEL, jobs=jobs)}
+    rows = run(MODEL, jobs=max(8, (os.cpu_count() or 1) // 2))  # an engine compiles on one core, mostly
+    if folder := request.config.getoption('--results'):
+        write_results('engine_matrix', rows, folder, model=MODEL)
+    return {(row['format'], row['way'], row['round']): row for row in rows}
 
 
 @pytest.mark.xdist_group('matrix')

@@ -1,5 +1,7 @@
 """Writing new tokens: codes and scales against the reference, and every byte that must not change."""
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.formats import part_dim
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
+from lmdeploy_kvq.kernels.launch import interpreted
+from lmdeploy_kvq.transforms import from_matrix
 
 EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
 FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
@@ -66,6 +70,36 @@ def assert_same_tokens(p, expected, rare: float = 2e-2):
             same = (apart == 0).all(-1).to(scale.device)
             torch.testing.assert_close(scale[block, offset][same], other_scale[block, offset][same], atol=0,
                                        rtol=1e-6 if encoding.rotation is None else 3e-6)
+
+
+# A matrix product's order of summation is the GPU's or, in the interpreter, NumPy's, which depends on its width.
+@pytest.mark.parametrize('calibrated', [False] if interpreted() else [False, True], ids=lambda c: 'A' if c else 'H')
+@pytest.mark.parametrize('pieces', [(64, ), (3, 20, 1, 17)], ids=['even', 'uneven'])
+@EVERY
+def test_pages_do_not_depend_on_the_size_of_a_piece(fmt, pieces, calibrated, device):
+    """Every byte of codes and scales: what a prompt in chunks writes, and what a prefix cache finds again."""
+    if calibrated and not fmt.takes_transform:
+        pytest.skip('takes no calibrated transform')
+    tokens, heads, dim = 80 if interpreted() else 2000, 1, 64
+    generator = torch.Generator().manual_seed(5)
+    key, value = torch.randn((2, tokens, heads, dim), generator=generator).bfloat16().to(device)
+    matrix = torch.randn((heads, dim, dim), generator=generator, dtype=torch.float64)
+    transform = from_matrix(torch.eye(dim) + 0.03 * matrix).to(device)
+    pages = []
+    for sizes in ((tokens, ), pieces):
+        cache = kvq.PagedCache.allocate(fmt, tokens // 16 + 1, 16, heads, dim, device=device)
+        cache = replace(cache, k_transform=transform) if calibrated else cache
+        start = 0
+        for size in itertools.cycle(sizes):
+            end = min(start + size, tokens)
+            kvq.reshape_and_cache(key[start:end], value[start:end], cache, torch.arange(start, end, device=device))
+            start = end
+            if start == tokens:
+                break
+        pages.append([x[:tokens // 16].view(torch.uint8).cpu() for x in cache.tensors()[:4] if x is not None])
+    assert len(pages[0]) == (4 if fmt.per_token_head else 2)
+    for whole, in_pieces in zip(*pages):
+        assert torch.equal(whole, in_pieces)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])

@@ -102,7 +102,7 @@ def _decode_kernel(
         OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
         HADAMARDV: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr,
-        CAP: tl.constexpr):
+        PIECES: tl.constexpr, CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
 
     The share may begin and end inside sequences and pass through whole ones; each sequence it touches is a segment.
@@ -114,8 +114,8 @@ def _decode_kernel(
         tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0) // ROW_TILES
     pid = tl.program_id(1)
-    seq, tile, remaining, total, programs = program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N,
-                                                          BATCH)
+    seq, tile, remaining, total, programs = program_share(
+        pid, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N, BATCH, PIECES)
     row = (tl.program_id(0) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < ROWS
     head = kv_head * GROUP + row % GROUP
@@ -296,13 +296,14 @@ class Workspace:
         """Columns of results that a program combines, and results at a time: as many as 64 registers per lane hold.
 
         With eight columns 32: more would make the whole kernel keep to its limit, and the loop over pages pay for it.
+        PIECES: results that short sequences leave at most, two reads' worth.
         """
         sizes = cache.sizes()
         columns = min(self.block_m, triton.next_power_of_2(rows))
         elements = columns * sizes['BLOCK_PV'] * sizes['PARTSV']
         registers = 32 if columns == 8 else 64
-        return {'COLUMNS': columns,
-                'AT_ONCE': max(1, min(FAN.value, registers * 32 * self.config.num_warps // elements))}
+        at_once = max(1, min(FAN.value, registers * 32 * self.config.num_warps // elements))
+        return {'COLUMNS': columns, 'AT_ONCE': at_once, 'PIECES': min(FAN.value, 2 * at_once)}
 
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
         """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""

@@ -27,17 +27,30 @@ _RULES = {'step': 0, 'least_squares': 1, 'unbiased': 2}
 
 
 @triton.jit
-def _grid_step(parts, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, FACTOR: tl.constexpr,
-               MIN_SCALE: tl.constexpr):
+def _column_sums(x, LOG_N: tl.constexpr):
+    """Sums of the columns of x [2^LOG_N, columns], in pairs.
+
+    A plain reduction adds in an order that depends on how lanes and warps hold the rows, hence on how many tokens come
+    at once. A token's scale must not: its page is the same whether its prompt came in one piece or in several.
+    """
+    for _ in tl.static_range(LOG_N):
+        x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), 0)
+    return tl.reshape(x, (x.shape[1], ))
+
+
+@triton.jit
+def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr,
+               FACTOR: tl.constexpr, MIN_SCALE: tl.constexpr):
     """Step of each column's grid: FACTOR times its largest magnitude, or its root mean square."""
-    size = tl.sum(parts[0], 0) * 0.0
-    for part in tl.static_range(PARTS):
-        if RMS:
-            size += tl.sum(parts[part] * parts[part], 0)
-        else:
-            size = tl.maximum(size, tl.max(tl.abs(parts[part]), 0))
     if RMS:
-        size = tl.sqrt(size * (1.0 / D))
+        squares = parts[0] * parts[0]
+        for part in tl.static_range(1, PARTS):
+            squares += parts[part] * parts[part]
+        size = tl.sqrt(_column_sums(squares, LOG_P) * (1.0 / D))
+    else:
+        size = tl.sum(parts[0], 0) * 0.0
+        for part in tl.static_range(PARTS):
+            size = tl.maximum(size, tl.max(tl.abs(parts[part]), 0))
     return tl.maximum(size * FACTOR, MIN_SCALE)
 
 
@@ -61,6 +74,7 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
         static_ptr: the heads' scales, where they are not per token.
         PLACE: where a byte of a row lies in its page, :func:`key_offset` or :func:`value_offset`.
     """
+    LOG_P: tl.constexpr = BLOCK_P.bit_length() - 1
     byte = tl.arange(0, BLOCK_P)
     valid = token < num_tokens
     row = token.to(tl.int64) * stride_t + head * stride_h
@@ -87,30 +101,33 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
         for part in tl.static_range(PARTS):
             parts += (tl.minimum(tl.maximum(raw[part].to(tl.float32), -MAX_INPUT), MAX_INPUT), )
     if PER_TOKEN:
-        step = _grid_step(parts, PARTS, D, RMS, FACTOR, MIN_SCALE)
+        step = _grid_step(parts, PARTS, LOG_P, D, RMS, FACTOR, MIN_SCALE)
     else:
         step = tl.load(static_ptr + head * stride_static) + tl.zeros_like(offset).to(tl.float32)
     inverse = 1.0 / step
     place = PLACE(offset[None, :], byte[:, None], PART)
     packed = tl.zeros_like(place).to(tl.int32)
-    xc, cc, xx = step * 0.0, step * 0.0, step * 0.0
+    if RULE != 0:
+        xc, cc, xx = parts[0] * 0.0, parts[0] * 0.0, parts[0] * 0.0  # type: ignore[misc]
     for part in tl.static_range(PARTS):
         there = ((byte < PART) & (byte + part * PART < D))[:, None]
         codes = ENCODE(parts[part] * inverse[None, :], CAP).to(tl.int32)
         if RULE != 0:
             c = tl.where(there, codes.to(tl.float32) - OFFSET, 0.0)
-            xc += tl.sum(parts[part] * c, 0)
-            cc += tl.sum(c * c, 0)
-            xx += tl.sum(parts[part] * parts[part], 0)
+            xc += parts[part] * c
+            cc += c * c
+            xx += parts[part] * parts[part]
         packed += tl.where(there, codes << (BITS * part), 0)
     code_ptrs = codes_ptr + block * stride_b + head * stride_bh
     tl.store(code_ptrs[None, :] + place, packed.to(tl.uint8), mask=live[None, :] & (byte < PART)[:, None])
     if PER_TOKEN:
         scale = step
         if RULE != 0:
-            scale = xc / cc
+            products = _column_sums(xc, LOG_P)
+            scale = products / tl.sum(cc, 0)  # a sum that is exact in any order
             if RULE == 2:
-                scale = tl.minimum(xx / tl.maximum(xc, MIN_SCALE * MIN_SCALE), scale * MAX_UNBIASED)
+                squares = _column_sums(xx, LOG_P)
+                scale = tl.minimum(squares / tl.maximum(products, MIN_SCALE * MIN_SCALE), scale * MAX_UNBIASED)
             scale = tl.maximum(scale, MIN_SCALE)
         tl.store(scales_ptr + block * stride_sb + head * stride_sh + offset, scale, mask=live)
 
@@ -268,7 +285,7 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         **cache.sizes(), HEADS_PER_KV=heads_per_kv,
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=1 if layout.uniform_query_len else batch_block(batch),
-        CAP=cap, num_warps=warps, **dependent_launch(cap))
+        CAP=cap, num_warps=warps, enable_fp_fusion=False, **dependent_launch(cap))  # fusing would depend on layouts
 
 
 def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, butterflies: bool) -> tuple[int, int]:

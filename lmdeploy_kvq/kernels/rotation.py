@@ -139,7 +139,7 @@ def rotate_columns(x_ptr, offset, valid, matrix_ptr, D: tl.constexpr, PART: tl.c
     """
     byte = tl.arange(0, BLOCK_P)
     dim = tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim < D)[:, None], other=0.0)
+    x = load_columns(x_ptr, offset, valid, D, BLOCK_D)
     if BLOCK_P * PARTS * BLOCK_D <= 16384:
         # Matrices that fit into registers are on their way while the largest elements are looked for.
         matrices = ()

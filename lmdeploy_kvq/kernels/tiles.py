@@ -13,6 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SMALL_SHARE = tl.constexpr(16)
+"""Tiles of a program up to which there may be fewer programs than fit the GPU: beyond, bandwidth is what counts."""
+
+FEWEST = tl.constexpr(0.625)
+"""The part of the programs that fit, that there are at least then."""
+
+FEW_TILES = tl.constexpr(4)
+"""Tiles that a program takes rather than leaving more results than are combined at once."""
+
 
 @triton.jit
 def key_offset(offset, dim, PART: tl.constexpr):
@@ -67,16 +76,19 @@ def first_program(tile, total, programs):
 
 @triton.jit
 def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BATCH: tl.constexpr):
-    """An equal share of a ragged batch's tiles for each of ``target`` programs, wherever sequences begin and end.
+                  BLOCK_N: tl.constexpr, BATCH: tl.constexpr, PIECES: tl.constexpr):
+    """An equal share of a ragged batch's tiles for each of ``target`` programs or fewer, wherever sequences begin.
 
     Every program derives the same plan from the lengths on the device (CUDA graphs freeze the grid, not the lengths).
-    This is the partition of stream-K matrix products (Osama et al., 2023, arXiv:2301.03598).
+    This is the partition of stream-K matrix products (Osama et al., 2023, arXiv:2301.03598), with fewer programs where
+    shares are small: as many as divide the longest sequence evenly (and all of its length), or take it whole, so that
+    fewer results are left to be combined. docs/performance.md has the measurements behind the limits.
 
     Args:
         pid: index of this program among ``target``.
         kv_lens_ptr: [batch] lengths.
         batch: sequences; ``BATCH`` is a power of two, as many or more.
+        PIECES: results of a sequence that are combined at once, nearly.
 
     Returns:
         (seq, tile, count, total, programs): the sequence and the tile inside it to begin with, how many tiles to take
@@ -89,7 +101,16 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
     tiles = tl.where(index < batch, last - first, 0)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
-    programs = tl.minimum(target, total)
+    longest = tl.maximum(tl.max(tiles, 0), 1)
+    share = tl.maximum(tl.cdiv(total, target), 1)
+    pieces = tl.maximum(longest // share, 1)
+    few = (pieces > PIECES) & (longest <= FEW_TILES * PIECES)
+    pieces = tl.where(few, PIECES, pieces)
+    pieces = tl.cdiv(longest, tl.cdiv(longest, pieces))  # as long as the longest of them with fewer
+    whole = tl.cdiv(share, longest)  # sequences of a program, if it has any whole
+    aligned = tl.cdiv(total.to(tl.int64) * pieces, longest.to(tl.int64) * whole).to(tl.int32)
+    most = tl.minimum(target, total)
+    programs = tl.where(few | ((share <= SMALL_SHARE) & (aligned >= most * FEWEST)), aligned, most)
     begin = (pid.to(tl.int64) * total // tl.maximum(programs, 1)).to(tl.int32)
     end = ((pid.to(tl.int64) + 1) * total // tl.maximum(programs, 1)).to(tl.int32)
     seq = tl.sum((ends <= begin).to(tl.int32), 0)
