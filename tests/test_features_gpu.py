@@ -85,15 +85,6 @@ def test_chunks_in_an_engine_of_another_process(features):
     passed(features, 'mp engine, chunks')
 
 
-@pytest.mark.xdist_group('chunks')
-@pytest.mark.covers('feature.chunks')
-def test_chunks_of_every_format(tmp_path):
-    from lmdeploy_kvq import FORMATS
-    code, data, text = program('features', tmp_path, '--groups', 'chunks', '--formats',
-                               ','.join(fmt.name for fmt in FORMATS))
-    assert code == 0 and {row['format'] for row in data['rows']} >= {fmt.name for fmt in FORMATS}, text
-
-
 @GROUP
 @pytest.mark.covers('feature.prefill_graphs')
 def test_piecewise_graphs_of_prefill(features):

@@ -154,12 +154,16 @@ def _decode_kernel(
         tile = tl.maximum(tile, first)
         stop = tl.minimum(last, tile + remaining)
         token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
+        # While queries are on their way (nothing waits for a read before its first use), so is the first tile. Rotated
+        # queries have to be waited for, the first tile not.
         if PDL and WAIT == WAIT_QUERIES:
+            prefetch_tile(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
+                          PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N, CAP)
             tl.extra.cuda.gdc_wait()
         raw = load_queries(q_ptr + token * stride_qt + head * stride_qh, row_mask, D, PART, BLOCK_P, PARTS)
-        # While queries are on their way (nothing waits for a read before its first use), so is the first tile.
-        prefetch_tile(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
-                      PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N, CAP)
+        if not (PDL and WAIT == WAIT_QUERIES):
+            prefetch_tile(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
+                          PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N, CAP)
         queries, power, query_sum = normalize_queries(raw, BITS, PARTS)
         row_scale = power * score_scale
         correction = query_sum * (-OFFSET / GAIN)

@@ -75,14 +75,31 @@ def first_program(tile, total, programs):
 
 
 @triton.jit
+def _fewer_programs(programs, longest, batch, total, target, PIECES: tl.constexpr):
+    """``programs``, or fewer where shares are small, for ``batch`` sequences; see :func:`program_share`."""
+    share = tl.cdiv(total, target)
+    short = longest <= FEW_TILES * PIECES
+    if (share <= SMALL_SHARE) & ((share > 1) | (short & (longest > PIECES))):
+        pieces = tl.maximum(longest // share, 1)
+        few = (pieces > PIECES) & short
+        pieces = tl.where(few, PIECES, pieces)
+        pieces = tl.cdiv(longest, tl.cdiv(longest, pieces))  # as long as the longest of them with fewer
+        whole = tl.cdiv(share, longest)  # sequences of a program, if it has any whole
+        aligned = tl.cdiv(total * pieces, longest * whole)
+        alike = 4 * total >= 3 * batch * longest  # else what suits the longest sequence suits no other
+        programs = tl.where(few | (alike & (aligned >= programs * FEWEST)), aligned, programs)
+    return programs
+
+
+@triton.jit
 def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr,
                   BLOCK_N: tl.constexpr, BATCH: tl.constexpr, PIECES: tl.constexpr):
     """An equal share of a ragged batch's tiles for each of ``target`` programs or fewer, wherever sequences begin.
 
     Every program derives the same plan from the lengths on the device (CUDA graphs freeze the grid, not the lengths).
     This is the partition of stream-K matrix products (Osama et al., 2023, arXiv:2301.03598), with fewer programs where
-    shares are small: as many as divide the longest sequence evenly (and all of its length), or take it whole, so that
-    fewer results are left to be combined. docs/performance.md has the measurements behind the limits.
+    shares are small: as many as leave few results of a sequence, or divide sequences of about one length evenly, or
+    take them whole. docs/performance.md has the measurements behind the limits.
 
     Args:
         pid: index of this program among ``target``.
@@ -101,16 +118,9 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
     tiles = tl.where(index < batch, last - first, 0)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
-    longest = tl.maximum(tl.max(tiles, 0), 1)
-    share = tl.maximum(tl.cdiv(total, target), 1)
-    pieces = tl.maximum(longest // share, 1)
-    few = (pieces > PIECES) & (longest <= FEW_TILES * PIECES)
-    pieces = tl.where(few, PIECES, pieces)
-    pieces = tl.cdiv(longest, tl.cdiv(longest, pieces))  # as long as the longest of them with fewer
-    whole = tl.cdiv(share, longest)  # sequences of a program, if it has any whole
-    aligned = tl.cdiv(total.to(tl.int64) * pieces, longest.to(tl.int64) * whole).to(tl.int32)
-    most = tl.minimum(target, total)
-    programs = tl.where(few | ((share <= SMALL_SHARE) & (aligned >= most * FEWEST)), aligned, most)
+    programs = tl.minimum(target, total)
+    if total > PIECES:  # else there is nothing to gain, and every division takes time at the start of a short launch
+        programs = _fewer_programs(programs, tl.max(tiles, 0), batch, total, target, PIECES)
     begin = (pid.to(tl.int64) * total // tl.maximum(programs, 1)).to(tl.int32)
     end = ((pid.to(tl.int64) + 1) * total // tl.maximum(programs, 1)).to(tl.int32)
     seq = tl.sum((ends <= begin).to(tl.int32), 0)
