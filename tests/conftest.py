@@ -1,5 +1,6 @@
 """Shared setup: kernels run on the GPU where there is one, else on the CPU in Triton's interpreter."""
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,24 @@ pytest_plugins = ['evidence']
 
 def pytest_configure(config):
     """Declare the ``gpu`` marker; silence what Triton's interpreter does on every loop over device values."""
+    folder = config.getoption('--results')
+    if folder and not hasattr(config, 'workerinput'):
+        config.pluginmanager.register(Failures(folder))
     config.addinivalue_line('markers', 'gpu: needs a CUDA GPU; skipped elsewhere')
     config.addinivalue_line('filterwarnings', 'ignore:Conversion of an array with ndim:DeprecationWarning:triton')
+
+
+class Failures:
+    """``--results``: what failed, and why, is written at once, for a session on a lent GPU may be cut off."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = re.sub(r'[^A-Za-z0-9_]+', '-', report.nodeid.partition('::')[2])
+            (self.folder / f'{name}.failed.txt').write_text(report.longreprtext)
 
 
 def pytest_addoption(parser):

@@ -17,6 +17,7 @@ from rows import BY_ID
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
 PROPERTY = 'covers'
+LONG = 5.0  # seconds of a test after which the file is written at once: a session on a lent GPU may be cut off
 
 
 def covered(item: pytest.Item) -> list[str]:
@@ -49,6 +50,8 @@ class Evidence:
                 entry['outcome'] = report.outcome
             if report.outcome == 'skipped':
                 entry['reason'] = report.longrepr[2].removeprefix('Skipped: ')
+            if report.duration > LONG:
+                self.pytest_sessionfinish()
 
     def pytest_sessionfinish(self) -> None:
         """Write the file, if any marked test was run."""
