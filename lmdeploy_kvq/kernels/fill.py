@@ -48,6 +48,7 @@ def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr,
             squares += parts[part] * parts[part]
         size = tl.sqrt(_column_sums(squares, LOG_P) * (1.0 / D))
     else:
+        # Zeros by a sum: with plain ones the compiler lets floats change lanes early, instead of bytes at the end.
         size = tl.sum(parts[0], 0) * 0.0
         for part in tl.static_range(PARTS):
             size = tl.maximum(size, tl.max(tl.abs(parts[part]), 0))
