@@ -105,7 +105,8 @@ def test_pages_do_not_depend_on_the_size_of_a_piece(fmt, pieces, calibrated, dev
 @EVERY
 def test_codes_and_scales_equal_the_references(fmt, dtype, device):
     shape = {'head_dim': 128, 'dtype': dtype, 'block_size': 64}
-    p, expected = written(problem(fmt, [199, 1, 100], device=device, fill=False, **shape), **shape)
+    lens = [70, 1, 40] if interpreted() else [199, 1, 100]
+    p, expected = written(problem(fmt, lens, device=device, fill=False, **shape), **shape)
     # bf16 has so few bits that one value in 200 is a tie of an fp8 format.
     assert_same_tokens(p, expected, rare=3e-3 if dtype == torch.bfloat16 else 1e-3)
 
