@@ -180,7 +180,8 @@ def _read_safetensors(path: Path) -> ScaleFile:
     layers: dict[int, LayerScales] = {}
     transforms: dict[int, torch.Tensor] = {}
     with safe_open(path, framework='pt') as file:
-        metadata = file.metadata() or {}
+        # What a damaged header holds is printed: in messages of one line, and in tables.
+        metadata = {key: text if text.isprintable() else ascii(text) for key, text in (file.metadata() or {}).items()}
         empty = LayerScales(source='calibrated' if 'method' in metadata else 'file')
         for key in file.keys():  # noqa: SIM118 - the file is no mapping
             match = _FILE_KEY.fullmatch(key)

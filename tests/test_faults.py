@@ -15,6 +15,8 @@ import torch
 from helpers import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_cache_descs import model_config
 
 import lmdeploy_kvq as kvq
@@ -89,6 +91,18 @@ def test_a_file_cut_short_anywhere_is_refused(scale_file, tmp_path):
         assert sentence(path), f'{length} of {len(whole)} bytes are accepted'
     path.write_bytes(whole + b'\0')
     assert sentence(path)
+
+
+@pytest.mark.covers('fault.scale_file')
+@pytest.mark.parametrize('key', ['scale_digest', 'transform_digest'])
+def test_a_digest_that_cannot_be_printed_is(scale_file, tmp_path, key):
+    """A changed byte can make it a form feed, which ends a line of a terminal."""
+    with safe_open(scale_file, framework='pt') as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = {**file.metadata(), key: 'abc\x0c\n123'}
+    path = tmp_path / 'unprintable.safetensors'
+    save_file(tensors, path, metadata=metadata)
+    assert repr('abc\x0c\n123') in sentence(path)
 
 
 @pytest.mark.covers('fault.scale_file')
@@ -177,6 +191,7 @@ def test_the_server_ends_in_a_sentence(damaged, tmp_path):
 
 
 def _write_forever(path: str) -> None:
+    torch.set_num_threads(1)  # a forked process has none of the threads that OpenMP would wait for
     n = 0
     while True:
         write_file(path, scales_of(n % 2), {'format': STATIC.name, 'n': str(n % 2)},
