@@ -11,6 +11,7 @@ is missed, 3 if LMDeploy's own bf16 cache does not run this way. Two GPUs, about
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,8 @@ def rank_spec(policy: str, rank: int, model: Path, prompts: list[list[int]], don
 
 def rank_env(rank: int, port: int) -> dict[str, str]:
     """LMDeploy's launcher gives every rank its GPUs; the address is where all ranks meet."""
-    return {**ENV, 'CUDA_VISIBLE_DEVICES': str(rank), 'LMDEPLOY_DP_MASTER_ADDR': '127.0.0.1',
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(RANKS)))
+    return {**ENV, 'CUDA_VISIBLE_DEVICES': visible.split(',')[rank], 'LMDEPLOY_DP_MASTER_ADDR': '127.0.0.1',
             'LMDEPLOY_DP_MASTER_PORT': str(port)}
 
 
