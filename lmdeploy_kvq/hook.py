@@ -109,6 +109,9 @@ PATCHES: tuple[Patch, ...] = (
          'cls method num_speculative_tokens model target_cache_cfg target_model dtype trust_remote_code model_format '
          'hf_overrides dist_config', _late('drafts', 'configure'),
          'more draft tokens than the kernel reads at once are refused when the configuration is made'),
+    wrap('lmdeploy.pytorch.model_inputs', 'StepContextManager.build_context',
+         'self inputs model_config cache_config kv_caches state_caches kv_quant_policy',
+         _late('drafts', 'build_context'), 'a draft model\'s steps know the format of its pages'),
     wrap('lmdeploy.pytorch.engine.model_agent.agent', 'BaseModelAgent.build_cache_engine', 'self',
          _late('transfer', 'build_cache_engine'), 'pages that leave the process carry format, scales and transforms'),
     wrap('lmdeploy.pytorch.engine.cache_engine.engine', 'CacheEngine.p2p_initialize', 'self migration_init_request',

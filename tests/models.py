@@ -216,7 +216,7 @@ def _without_fla(model: torch.nn.Module) -> None:
     """transformers takes flash-linear-attention's kernels wherever they are installed, also for tensors on the CPU."""
     module = importlib.import_module(type(model).__module__)
     for name in ('torch_chunk_gated_delta_rule', 'torch_recurrent_gated_delta_rule'):
-        if hasattr(module, name) and not torch.cuda.is_available():
+        if hasattr(module, name):
             setattr(module, name, inspect.unwrap(getattr(module, name)))
 
 

@@ -41,6 +41,11 @@ def emulated(model: torch.nn.Module, fmt: str, spoil: Callable | None = None) ->
             'passages': [models.log_probabilities(model, ids, cache()) for ids in PASSAGES]}
 
 
+def problems(figures: engines.Figures) -> list[str]:
+    """Few prompts here: a prediction for each."""
+    return engines.problems(figures, least=len(PROMPTS))
+
+
 @pytest.fixture(scope='module')
 def model():
     return models.build('gemma2').to(torch.bfloat16).float()
@@ -61,7 +66,7 @@ def expected():
 
 def test_sound_engines_pass(runs, expected):
     figures = engines.measure(runs, expected)
-    assert engines.problems(figures) == []
+    assert problems(figures) == []
     assert expected['int8_per_token_head'] < expected['fp8_per_token_head'] < expected['int4_per_token_head'] < 1
     assert figures.noise < 1e-5 < figures.prefill['int8_per_token_head']
 
@@ -79,7 +84,7 @@ def _exchange_heads(cache) -> None:
 def test_broken_decoding_is_found(model, runs, expected, spoil):
     """Decoding that misses one token of the prompt, or reads another head, differs from prefill and from bf16."""
     name = engines.FORMATS[0]
-    found = engines.problems(engines.measure({**runs, f'{name} graph': emulated(model, name, spoil)}, expected))
+    found = problems(engines.measure({**runs, f'{name} graph': emulated(model, name, spoil)}, expected))
     assert any(line.startswith(f'{name}: decoding against prefill') for line in found)
     assert not any(line.startswith(engines.FORMATS[2]) for line in found)
 
@@ -88,11 +93,11 @@ def test_an_engine_that_stores_something_else_is_found(runs, expected):
     """bf16 under the format's name, a coarser format, and graphs that differ from eager."""
     coarse, fine = engines.FORMATS[2], engines.FORMATS[1]
     for name, other in ((coarse, 'none'), (fine, coarse)):
-        found = engines.problems(engines.measure({**runs, f'{name} graph': runs[f'{other} graph']}, expected))
+        found = problems(engines.measure({**runs, f'{name} graph': runs[f'{other} graph']}, expected))
         assert any(line.startswith(f'{name}: prefill') for line in found)
     spoiled = copy.deepcopy(runs[f'{fine} eager'])
     spoiled['generated'] = [rows.roll(1, -1) for rows in spoiled['generated']]
-    found = engines.problems(engines.measure({**runs, f'{fine} eager': spoiled}, expected))
+    found = problems(engines.measure({**runs, f'{fine} eager': spoiled}, expected))
     assert [line for line in found if line.startswith(f'{fine}: CUDA graphs')]
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmdeploy_kvq import FORMATS
-from lmdeploy_kvq.scales import ScaleError, write_file
+from lmdeploy_kvq.scales import FILE_NAME, ScaleError, write_file
 
 
 def value(x: float) -> torch.Tensor:
@@ -366,3 +366,29 @@ def test_a_rebuilt_model_keeps_its_scales(tmp_path):
     model.to('meta')
     again = build(tmp_path, 16, empty=True, before=wrapped(model)).patched_model
     assert again is not model and buffers(again) == [(7.0, 1.5), (2.5, 2.5)]
+
+
+def test_a_rebuilt_models_transforms_are_where_its_weights_are(tmp_path, monkeypatch):
+    """Level-2 wake-up: Llama makes its scale buffers on the host, and no weights are read that would move them."""
+    write_model(tmp_path, 'Llama')
+    fmt = next(fmt for fmt in FORMATS if fmt.takes_transform)
+    write_file(tmp_path / FILE_NAME, {}, {'format': fmt.name},
+               {n: {'k_transform': torch.eye(16).repeat(2, 1, 1)} for n in range(2)})
+    from lmdeploy.pytorch.engine.model_agent import agent
+    from lmdeploy.pytorch.models.patch import build_patched_model
+
+    from lmdeploy_kvq.backends.attention import TRANSFORM
+    from lmdeploy_kvq.backends.loading import attention_layers
+
+    def elsewhere(*args, **kwargs):
+        """Weights on the meta device, as they would be on a GPU; buffers where Llama makes them."""
+        model = build_patched_model(*args, **kwargs)
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                module._parameters[name] = torch.nn.Parameter(weight.to('meta'), weight.requires_grad)
+        return model
+
+    monkeypatch.setattr(agent, 'build_patched_model', elsewhere)
+    model = build(tmp_path, fmt.policy, empty=True).patched_model
+    for layer in attention_layers(model).values():
+        assert getattr(layer.impl, TRANSFORM).inverse.device.type == layer.k_scale.device.type == 'meta'

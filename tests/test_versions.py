@@ -138,17 +138,20 @@ def engines(tmp_path_factory):
     pieces = [ids for _, ids in passages(AutoTokenizer.from_pretrained(MODEL), 768)]
     versions_here = [*(version for version in OLDER if (ROOT / '.lmdeploy' / version).is_dir()), '']
 
+    def ask(version: str, policy: int, spec: dict, **engine: bool) -> dict:
+        everyone = {'model': MODEL, 'quant_policy': policy, 'prompts': prompts(8), 'new_tokens': 48,
+                    'engine': {'num_gpu_blocks': 300, 'session_len': 2048, 'max_batch_size': 8, **engine}}
+        return probe({**everyone, **spec}, {'LMDEPLOY_KVQ_PREFILL': 'cache', **(
+            path_with(ROOT / '.lmdeploy' / version) if version else {})}, limit=200)
+
     def run(version: str, policy: int) -> dict:
-        spec = {'model': MODEL, 'quant_policy': policy, 'prompts': prompts(8), 'new_tokens': 48, 'batches': [8, 8],
-                'score_generated': True, 'passages': [pieces[0], pieces[-1]],
-                'engine': {'num_gpu_blocks': 300, 'session_len': 2048, 'max_batch_size': 8,
-                           'enable_prefix_caching': True}}
-        reference = str(folder / f'{version}.bf16')
-        spec |= {'reference': reference, 'scores': f'{reference}.{policy}'} if policy else {'out': reference}
-        answer = probe(spec, {'LMDEPLOY_KVQ_PREFILL': 'cache', **(path_with(ROOT / '.lmdeploy' / version)
-                                                                  if version else {})}, limit=200)
+        reference = str(folder / f'lmdeploy{version}.bf16')
+        files = {'reference': reference, 'scores': f'{reference}.{policy}'} if policy else {'out': reference}
+        answer = ask(version, policy, {'score_generated': True, 'passages': [pieces[0], pieces[-1]], **files})
+        # an engine of its own: before 0.18, predictions of what the prefix cache holds are left out
+        answer['rounds'] = ask(version, policy, {'batches': [8, 8]}, enable_prefix_caching=True)['rounds']
         if policy:
-            answer['kl'] = float(torch.cat([part['kl'] for part in torch.load(spec['scores'])]).mean())
+            answer['kl'] = float(torch.cat([part['kl'] for part in torch.load(files['scores'])]).mean())
         return answer
 
     keys = [(version, policy) for policy in (0, *(fmt.policy for fmt in CHOSEN)) for version in versions_here]

@@ -41,6 +41,14 @@ def configure(original: Callable[..., Any], cls: type, method: str, num_speculat
     return found
 
 
+def build_context(original: Callable[..., Any], manager: Any, inputs: Any, model_config: Any, cache_config: Any,
+                  kv_caches: Any = None, state_caches: Any = None, kv_quant_policy: Any = 0) -> Any:
+    """``StepContextManager.build_context``: LMDeploy names no policy for a draft's steps, whose pages are ours too."""
+    if find_format(cache_config.quant_policy) is not None:
+        kv_quant_policy = cache_config.quant_policy
+    return original(manager, inputs, model_config, cache_config, kv_caches, state_caches, kv_quant_policy)
+
+
 def draft_folder(model_config: Any) -> str | None:
     """A draft's own folder, empty where it has none; None: this is no draft's configuration."""
     return getattr(model_config, _FOLDER, None)

@@ -129,6 +129,10 @@ def build_model(original: Callable[[Any], None], agent: Any) -> None:
     model, policy = bare_model(agent.patched_model), agent.cache_config.quant_policy
     fmt = find_format(policy)
     if agent.misc_config.empty_init:
+        # Loading weights moves what a model made elsewhere; here nothing has, and a transform goes where buffers are.
+        device = next(model.parameters()).device
+        for module in attention_layers(model).values():
+            module.to(device)
         if before is not None:
             model_scales(model).layers.update(model_scales(bare_model(before)).layers)
         elif fmt is not None and fmt.needs_scales:
