@@ -32,7 +32,7 @@ import gpu_memory
 from benchlib import print_table, write_results
 from server import Server
 from smollm2 import HOME, find_or_convert
-from soak_checks import deviation, growth, judge, speed
+from soak_checks import deviation, farthest, growth, judge, score, speed
 from soak_load import Answer, Prompt, ask_one, load, make_prompts, make_requests, references
 
 from lmdeploy_kvq import get_format
@@ -113,6 +113,17 @@ def whole_cache(url: str, blocks: int, prompts: Sequence[Prompt]) -> bool:
     return answer.error is None
 
 
+def ask_again(url: str, prompts: Sequence[Prompt], first: Sequence[Answer], answers: Sequence[Answer]) -> list[dict]:
+    """The answers farthest from their references, with the ``again`` of their prompts by themselves: what is damaged in
+    the cache stays, what the load did not."""
+    found = farthest(answers, dict(enumerate(first)))
+    repeated = asyncio.run(references(url, [prompts[row['prompt']] for row in found]))
+    for row, answer in zip(found, repeated):
+        row['prompt_tokens'] = len(prompts[row['prompt']].ids)
+        row['again'] = None if answer.error else score(answer, first[row['prompt']]).gap
+    return found
+
+
 def meet(barrier: Barrier | None) -> None:
     """Wait for the other servers, so that all are under load at a time; not for those that failed."""
     if barrier is not None:
@@ -153,6 +164,7 @@ def run_format(policy: str, settings: Settings, barrier: Barrier | None) -> tupl
         row['first_error'] = next((a.error for a in [*early, *answers] if a.error), None)
         row['unfinished'] = max(settings.requests - len(answers), 0)
         say(f'{len(answers)} requests, {row["errors"]} errors; looking for leaked blocks')
+        row['farthest'] = ask_again(server.url, prompts, first, early + answers)
         row['blocks_in_use'] = blocks_in_use(server.url, blocks)
         spare = SPARES[0] if row['spare_blocks'] is None else row['spare_blocks']
         row['whole_cache_after'] = whole_cache(server.url, blocks - spare, prompts)

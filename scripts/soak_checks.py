@@ -88,6 +88,25 @@ def deviation(answers: Sequence[Answer], references: Mapping[int, Answer]) -> De
                      tuple(sorted((s.gap for s in scores if s.same < s.tokens), reverse=True)))
 
 
+def farthest(answers: Sequence[Answer], references: Mapping[int, Answer], count: int = 5) -> list[dict]:
+    """The answers with the largest gaps, and what tells a damaged page from noise: where each left its reference, with
+    which token (``kept``: one of the likeliest that the reference kept, else its gap is a lower bound), how likely it
+    found that itself, and how its client behaved."""
+    found = []
+    for answer in answers:
+        if answer.error is None and answer.ids:
+            scored = score(answer, references[answer.request.prompt])
+            if scored.same < scored.tokens:
+                found.append((scored, answer))
+    found.sort(key=lambda pair: -pair[0].gap)
+    return [{'prompt': answer.request.prompt, 'at': scored.same, 'gap': scored.gap, 'token': answer.ids[scored.same],
+             'kept': answer.ids[scored.same] in {token for _, token in
+                                                 references[answer.request.prompt].top[scored.same]},
+             'logprob': answer.logprobs[scored.same] if scored.same < len(answer.logprobs) else None,
+             'stream': answer.request.stream, 'aborted': answer.aborted, 'started': answer.started}
+            for scored, answer in found[:count]]
+
+
 def percentiles(values: Sequence[float], name: str, unit: float = 1e3) -> dict[str, float | None]:
     """``NAME_p50`` and so on, in milliseconds; None without values."""
     found = numpy.percentile(values, PERCENTILES) * unit if len(values) else [None] * len(PERCENTILES)

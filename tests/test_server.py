@@ -157,6 +157,7 @@ def test_a_whole_run(url, small_model, monkeypatch):  # noqa: F811
     for row in rows:
         assert (row['requests'], row['unfinished'], row['errors'], row['wrong_answers']) == (25, 0, 0, 0)
         assert row['equal_answers'] == 1 and row['whole_cache_after'] and row['spare_blocks'] == 8
+        assert row['farthest'] == []
     assert rows[1]['tokens_per_s_vs_bf16'] > 0 and rows[1]['change_by_format'] < 1e-5
     json.dumps(rows)
 
@@ -257,6 +258,18 @@ def test_deviations_leave_out_errors():
     assert (found.answers, found.equal) == (2, 0.5) and found.prefix == pytest.approx((1 + 1 / 3) / 2)
     assert found.change == pytest.approx(0.2 / 4) and found.gaps == pytest.approx((0.3, ))
     assert checks.deviation([], {}).answers == 0
+
+
+def test_what_is_said_of_the_farthest_answers():
+    """One row per difference, the largest gap first; errors and equal answers have none."""
+    answers = [answer([7, 8, 9], [-0.1, -0.2, -0.3]), answer([7, 5, 1], [-0.3, -0.6, -2.0], started=3.0),
+               answer([7, 99], [-0.1, -9.0], aborted=True), answer([1], [-5.0], error='HTTP 500'), answer([], [])]
+    found = checks.farthest(answers, {0: REFERENCE})
+    assert [(row['at'], row['token'], row['kept'], row['logprob']) for row in found] == [
+        (1, 99, False, -9.0), (1, 5, True, -0.6)]
+    assert [row['gap'] for row in found] == pytest.approx([2.8, 0.3])
+    assert [row['aborted'] for row in found] == [True, False] and found[1]['started'] == 3.0
+    assert len(checks.farthest(answers, {0: REFERENCE}, count=1)) == 1
 
 
 def test_percentiles_are_numpys():
