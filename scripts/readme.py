@@ -14,7 +14,7 @@ from pathlib import Path
 
 from compatibility import evidence, origin, tables
 from labels import label
-from targets import KNOWN, PRESETS, TARGETS, verdicts
+from targets import KNOWN, PRESETS, TARGETS, misses, verdicts
 
 from lmdeploy_kvq import FORMATS, KVFormat
 from lmdeploy_kvq.hook import PATCHES
@@ -151,6 +151,14 @@ def targets() -> str:
         + measured(*TARGETS)
 
 
+def missed_targets() -> str:
+    """Every committed row that misses its target."""
+    lines = [line for name in TARGETS for line in misses(name, results(name))]
+    return table(['target', 'measured', 'bound', 'where'], [
+        [line['target'], number(line, 'value', '.3f'), line['limit'], line['row']] for line in lines]) \
+        + measured(*TARGETS)
+
+
 def engine(name: str = 'engine') -> str:
     """The committed end-to-end measurements."""
     rows = [[row['load'], str(row['tp']), label(row['contender'], row['policy']), number(row, 'step_ms', '.2f'),
@@ -238,7 +246,7 @@ def accuracy_targets() -> str:
 
 PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
-         'targets': targets,
+         'targets': targets, 'missed-targets': missed_targets,
          'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),

@@ -23,6 +23,7 @@ LADDER = ('1x128', '1x512', '1x2048', '1x8192', '1x32768', '8x128', '8x512', '8x
 RAGGED = tuple(f'ragged:{batch}' for batch in (1, 4, 16, 64, 256))
 QUERY_LENS = (1, 2, 4, 8)
 FORMAT_LOADS = ('1x131072', '8x512', '1x512', 'ragged:64')
+FILL_STEPS = ('decode:64', 'decode:256')
 FORMAT_LIMITS = {'int8_per_token_head': 0.60, 'k8v4_per_token_head': 0.60, 'int4_per_token_head': 0.50,
                  'k4v2_per_token_head': 0.50, 'int2_per_token_head': 0.45}
 """Time against LMDeploy's bf16 kernel that rotated formats may take, 32x8x128 at 64x4096, page 128."""
@@ -115,6 +116,15 @@ def _pages(rows: Sequence[dict]) -> Iterator[Bound]:
             yield times[64] / times[128], 1.10, group[0]
 
 
+def _no_rotated_cliff(rows: Sequence[dict]) -> Iterator[Bound]:
+    return _no_cliff([row for row in rows if row['format'] in FORMAT_LIMITS])
+
+
+def _rotated_fill(rows: Sequence[dict]) -> Iterator[Bound]:
+    return ((row['vs_bf16'], 1.3, row) for row in rows
+            if row['format'] in FORMAT_LIMITS and row['load'] in FILL_STEPS and row.get('vs_bf16'))
+
+
 def _flat(loads: Sequence[str]) -> Callable[[Sequence[dict]], Iterator[Bound]]:
     def bounds(rows: Sequence[dict]) -> Iterator[Bound]:
         rows = [row for row in rows if row['load'] in loads and row['query_len'] == 1]
@@ -151,10 +161,12 @@ TARGETS: dict[str, tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterab
         (3, 'query length 4 against 1', False, _query_len),
         (5, 'rotated formats against bf16', False, _formats),
         (5, 'rotated formats, page 64 against 128', False, _pages),
+        (5, 'rotated formats, no load slower than bf16', False, _no_rotated_cliff),
     ),
     'fill': (
-        (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load={'decode:64', 'decode:256'})),
+        (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load=set(FILL_STEPS))),
         (4, '8,192 prompt tokens, share of copy', True, _simple('copy_fraction', 0.6, load='prefill:8192')),
+        (5, 'rotated formats, one decode step against bf16', False, _rotated_fill),
     ),
     'prefill': (
         (5, 'TTFT without history against bf16', False, _simple('vs_bf16', 1.02, case='whole')),
@@ -167,6 +179,9 @@ TARGETS: dict[str, tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterab
 }
 
 
+_OF_ALL_FORMATS = (_formats, _pages, _no_rotated_cliff, _rotated_fill)
+
+
 def _key(row: dict) -> tuple:
     return tuple(row[k] for k in ('contender', 'policy', 'shape', 'load', 'page'))
 
@@ -177,8 +192,8 @@ def _groups(rows: Sequence[dict], keys: Sequence[str]) -> Iterator[tuple[tuple, 
     return ((key, list(group)) for key, group in itertools.groupby(sorted(rows, key=of), of))
 
 
-def verdicts(benchmark: str, rows: Sequence[dict]) -> list[dict]:
-    """One line per target: whether every row meets it, how many do not, and the row that is furthest off.
+def _findings(benchmark: str, rows: Sequence[dict]) -> Iterator[tuple[int, str, bool, list[Bound]]]:
+    """Point, name, whether it is a lower bound, and the rows of each target.
 
     Args:
         benchmark: whose rows they are, a key of :data:`TARGETS`. Of the rows, :data:`POLICIES` are held to the targets,
@@ -186,18 +201,37 @@ def verdicts(benchmark: str, rows: Sequence[dict]) -> list[dict]:
     """
     every = [{**row, 'format': find_format(row['policy']).name} for row in rows if row['contender'] == 'kvq']
     ours = [row for row in every if row['format'] in POLICIES]
-    lines = []
     for point, name, at_least, find in TARGETS[benchmark]:
+        yield point, name, at_least, list(find(every if find in _OF_ALL_FORMATS else ours))
+
+
+def _where(row: dict) -> str:
+    return ', '.join(f'{key} {row[key]}' if key in ('page', 'tp') else row[key]
+                     for key in ('format', 'shape', 'load', 'case', 'page', 'tp') if key in row)
+
+
+def verdicts(benchmark: str, rows: Sequence[dict]) -> list[dict]:
+    """One line per target: whether every row meets it, how many do not, and the row that is furthest off."""
+    lines = []
+    for point, name, at_least, bounds in _findings(benchmark, rows):
         sign = -1 if at_least else 1
-        bounds = list(find(every if find in (_formats, _pages) else ours))
         if not bounds:
             lines.append({'point': point, 'target': name, 'met': 'not measured'})
             continue
         value, limit, row = max(bounds, key=lambda b: sign * (b[0] - b[1]))
         missed = sum(sign * b[0] > sign * b[1] for b in bounds)
-        where = ('format', 'shape', 'load', 'case', 'page', 'tp')
         lines.append({'point': point, 'target': name, 'met': 'no' if missed else 'yes', 'rows': len(bounds),
                       'missed': missed, 'worst': value, 'limit': f'{"at least" if at_least else "at most"} {limit}',
-                      'worst_row': ', '.join(f'{key} {row[key]}' if key in ('page', 'tp') else row[key]
-                                             for key in where if key in row)})
+                      'worst_row': _where(row)})
+    return lines
+
+
+def misses(benchmark: str, rows: Sequence[dict]) -> list[dict]:
+    """Every row that misses a target, those furthest off first."""
+    lines = []
+    for point, name, at_least, bounds in _findings(benchmark, rows):
+        sign = -1 if at_least else 1
+        missed = sorted((b for b in bounds if sign * b[0] > sign * b[1]), key=lambda b: -sign * (b[0] - b[1]))
+        lines += [{'point': point, 'target': name, 'value': value, 'row': _where(row),
+                   'limit': f'{"at least" if at_least else "at most"} {limit}'} for value, limit, row in missed]
     return lines

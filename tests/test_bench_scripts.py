@@ -89,6 +89,10 @@ def test_verdicts():
     low[-1]['shape'] = SHAPE  # 90 % are asked for here
     assert verdicts(rows)['share of read']['missed'] == 1
     assert {line['met'] for line in verdicts([]).values()} == {'not measured'}
+    missed = targets.misses('decode', rows)
+    assert sum(line.get('missed', 0) for line in verdicts(rows).values()) == len(missed) == 2
+    assert [line['value'] for line in missed if line['target'] == 'no load slower than bf16'] == [1.2]
+    assert targets.misses('decode', rows_of(targets.PRESETS)) == []
 
 
 def test_other_benchmarks_have_verdicts():

@@ -10,7 +10,7 @@ from helpers import by_name, covering, finite, problem, steps_apart
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.formats import part_dim
-from lmdeploy_kvq.kernels.fill import TokenLayout, fill
+from lmdeploy_kvq.kernels.fill import FillConfig, TokenLayout, fill
 from lmdeploy_kvq.kernels.launch import interpreted
 from lmdeploy_kvq.transforms import from_matrix
 
@@ -99,6 +99,21 @@ def test_pages_do_not_depend_on_the_size_of_a_piece(fmt, pieces, calibrated, dev
     assert len(pages[0]) == (4 if fmt.per_token_head else 2)
     for whole, in_pieces in zip(*pages):
         assert torch.equal(whole, in_pieces)
+
+
+@pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
+def test_pages_do_not_depend_on_launch_parameters(fmt, device):
+    tokens, heads, dim = (16, 1, 64) if interpreted() else (256, 2, 128)
+    generator = torch.Generator().manual_seed(6)
+    key, value = torch.randn((2, tokens, heads, dim), generator=generator).bfloat16().to(device)
+    layout = TokenLayout(slots=torch.arange(tokens, device=device))
+    pages = []
+    for config in (None, FillConfig(8, 2), *([] if interpreted() else [FillConfig(2, 1), FillConfig(16, 4)])):
+        cache = kvq.PagedCache.allocate(fmt, tokens // 16, 16, heads, dim, device=device)
+        fill(key, value, cache, layout, config=config)
+        pages.append([x.view(torch.uint8).cpu() for x in cache.tensors()[:4] if x is not None])
+    for other in pages[1:]:
+        assert all(map(torch.equal, pages[0], other))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
