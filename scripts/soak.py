@@ -8,7 +8,8 @@ Per format: LMDeploy's server with prefix caching and a cache of --pool-tokens t
 there are, so that pages are evicted and used again. Every prompt is answered once by itself (greedy; the reference),
 then --concurrency clients send prompts in random order for --minutes, streamed or not, and hang up on some. Checked are
 every answer, against its reference by the limits that soak_checks.py states; errors; and that no block leaks: at the
-end no block belongs to a request, and a prompt that needs all but a few blocks is answered as before the load.
+end no block belongs to a request, and a prompt that needs all but a few blocks is answered as before the load. The
+answers farthest from their references are in the file, with what their prompts say by themselves after the load.
 """
 from __future__ import annotations
 
