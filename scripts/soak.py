@@ -34,7 +34,7 @@ from benchlib import print_table, write_results
 from server import Server
 from smollm2 import HOME, find_or_convert
 from soak_checks import deviation, farthest, growth, judge, score, speed
-from soak_load import Answer, Prompt, ask_one, load, make_prompts, make_requests, references
+from soak_load import Answer, Prompt, Request, ask_one, load, make_prompts, make_requests, references
 
 from lmdeploy_kvq import get_format
 from lmdeploy_kvq.texts import built_in, tokenize
@@ -115,13 +115,21 @@ def whole_cache(url: str, blocks: int, prompts: Sequence[Prompt]) -> bool:
 
 
 def ask_again(url: str, prompts: Sequence[Prompt], first: Sequence[Answer], answers: Sequence[Answer]) -> list[dict]:
-    """The answers farthest from their references, with the ``again`` of their prompts by themselves: what is damaged in
-    the cache stays, what the load did not."""
+    """The answers farthest from their references, and what the server says of them after the load, without company.
+
+    ``again``: the gap of the prompt's answer; what is damaged in the cache stays, what the load did not. ``rescored``:
+    how much less likely than the likeliest the token is that left the reference, asked for twice, behind the tokens
+    that the answer has before it; the second time, all but the newest block comes from the prefix cache.
+    """
     found = farthest(answers, dict(enumerate(first)))
     repeated = asyncio.run(references(url, [prompts[row['prompt']] for row in found]))
-    for row, answer in zip(found, repeated):
+    behind = [Prompt(prompts[row['prompt']].ids + tuple(first[row['prompt']].ids[:row['at']]), 1) for row in found]
+    rescored = asyncio.run(references(url, [prompt for prompt in behind for _ in range(2)]))
+    for i, (row, answer) in enumerate(zip(found, repeated)):
         row['prompt_tokens'] = len(prompts[row['prompt']].ids)
         row['again'] = None if answer.error else score(answer, first[row['prompt']]).gap
+        wanted = Answer(Request(0), ids=[row['token']], logprobs=[0.0])
+        row['rescored'] = [None if one.error else score(wanted, one).gap for one in rescored[2 * i:2 * i + 2]]
     return found
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import hostile
@@ -160,6 +161,20 @@ def test_a_whole_run(url, small_model, monkeypatch):  # noqa: F811
         assert row['farthest'] == []
     assert rows[1]['tokens_per_s_vs_bf16'] > 0 and rows[1]['change_by_format'] < 1e-5
     json.dumps(rows)
+
+
+def test_what_left_its_reference_is_asked_about(url, small_model):  # noqa: F811
+    """An answer whose third token is another one: the prompt alone says what it said, and the token is unlikely."""
+    prompts = load.make_prompts(range(3, 250), 3, 40, 8, seed=1)
+    first = asyncio.run(load.references(url, prompts))
+    number = next(i for i, answer in enumerate(first) if len(answer.ids) > 2)
+    kept = {token for _, token in first[number].top[2]}
+    wrong = next(token for token in range(3, 250) if token not in kept)
+    changed = replace(first[number], ids=[*first[number].ids[:2], wrong, *first[number].ids[3:]])
+    row, = soak.ask_again(url, prompts, first, [*first, changed])
+    assert (row['prompt'], row['at'], row['token'], row['kept'], row['again']) == (number, 2, wrong, False, 0)
+    assert row['rescored'] == pytest.approx([row['gap']] * 2, abs=1e-3) and row['gap'] > 0
+    assert row['prompt_tokens'] == len(prompts[number].ids)
 
 
 # ---- lm-eval
