@@ -120,7 +120,7 @@ def test_pages_do_not_depend_on_launch_parameters(fmt, device):
 @EVERY
 def test_codes_and_scales_equal_the_references(fmt, dtype, device):
     shape = {'head_dim': 128, 'dtype': dtype, 'block_size': 64}
-    lens = [70, 1, 40] if interpreted() else [199, 1, 100]
+    lens = [199, 1, 100] if not interpreted() else [70, 1, 40] if dtype == torch.bfloat16 else [18, 1, 3]
     p, expected = written(problem(fmt, lens, device=device, fill=False, **shape), **shape)
     # bf16 has so few bits that one value in 200 is a tie of an fp8 format.
     assert_same_tokens(p, expected, rare=3e-3 if dtype == torch.bfloat16 else 1e-3)
@@ -164,7 +164,7 @@ def test_rows_may_be_strided(fmt, device):
 @pytest.mark.parametrize('tokens', [5, 70])
 @FORMATS
 def test_padding_slots_leave_every_byte(fmt, tokens, device):
-    p = problem(fmt, [tokens], device=device, pooled=True)
+    p = problem(fmt, [min(tokens, 20) if interpreted() else tokens], device=device, pooled=True)
     before = p.snapshot()
     for negative in (-1, -p.cache.block_size, -2**31):
         kvq.reshape_and_cache(p.key + 1, p.value - 1, p.cache, torch.full_like(p.slots, negative))
