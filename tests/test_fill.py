@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from helpers import by_name, covering, finite, problem, steps_apart
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.formats import part_dim
 from lmdeploy_kvq.kernels.fill import FillConfig, TokenLayout, fill
-from lmdeploy_kvq.kernels.launch import interpreted
+from lmdeploy_kvq.kernels.launch import cdiv, interpreted, next_power_of_2
 from lmdeploy_kvq.transforms import from_matrix
 
 EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
@@ -114,6 +115,14 @@ def test_pages_do_not_depend_on_launch_parameters(fmt, device):
         pages.append([x.view(torch.uint8).cpu() for x in cache.tensors()[:4] if x is not None])
     for other in pages[1:]:
         assert all(map(torch.equal, pages[0], other))
+
+
+def test_the_hosts_arithmetic_is_tritons():
+    """It stands in for Triton's, whose functions take microseconds of every launch."""
+    for n in range(1, 300):
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [cdiv(n, d) for d in (1, 7, 64)] == [triton.cdiv(n, d) for d in (1, 7, 64)]
+    assert cdiv(0, 5) == 0
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
