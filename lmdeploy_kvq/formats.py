@@ -85,9 +85,6 @@ class KVFormat:
     upstream: bool = field(default=False, kw_only=True)
     experimental: str | None = field(default=None, kw_only=True)
 
-    def __hash__(self) -> int:
-        return hash(self.name)  # a format is looked up with every launch; hashing all of it takes ten times as long
-
     @property
     def label(self) -> str:
         """The summary, with a warning where the format is experimental: for every place where a user chooses."""

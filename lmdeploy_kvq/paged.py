@@ -1,8 +1,6 @@
 """Public operations on a quantized paged KV cache: allocate, write, attend, flatten."""
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -139,9 +137,15 @@ class PagedCache:
         """The kernels' pointers, in their order: codes of K and V, their scales, their static scales."""
         return self.k_codes, self.v_codes, self.k_scales, self.v_scales, self.k_static_scale, self.v_static_scale
 
-    def sizes(self) -> Mapping[str, int]:
+    def sizes(self) -> dict[str, int]:
         """The kernels' constants: elements and bytes (a part) of a row, and as powers of 2; parts; tokens of a page."""
-        return _sizes(self.format, self.block_size, self.head_dim, self.v_head_dim)
+        sizes = {'PAGE': self.block_size}
+        for suffix, encoding, dim in (('', self.format.key, self.head_dim), ('V', self.format.value, self.v_head_dim)):
+            part = part_dim(dim, encoding.codec.parts)
+            sizes |= {f'D{suffix}': dim, f'PART{suffix}': part, f'PARTS{suffix}': encoding.codec.parts,
+                      f'BLOCK_D{suffix}': 1 << (dim - 1).bit_length(),
+                      f'BLOCK_P{suffix}': 1 << (part - 1).bit_length()}
+        return sizes
 
     def strides(self) -> tuple[int, ...]:
         """The kernels' strides, in their order; zeros where there is nothing to step over.
@@ -151,28 +155,12 @@ class PagedCache:
         Raises:
             ValueError: pages whose inner axes are not contiguous.
         """
-        found: tuple[int, ...] = ()
         for codes in (self.k_codes, self.v_codes):
-            *outer, token, byte = codes.stride()
-            if byte != 1 or token != codes.size(3):
+            if codes.stride(3) != 1 or codes.stride(2) != codes.size(3):
                 raise ValueError(f'pages must be contiguous in their last two axes, got strides {codes.stride()}')
-            found += tuple(outer)
-        for scales in (self.k_scales, self.v_scales):
-            found += (0, 0) if scales is None else scales.stride()[:2]
-        for static in (self.k_static_scale, self.v_static_scale):
-            found += (0, ) if static is None or static.dim() == 0 else static.stride()
-        return found
-
-
-@functools.cache
-def _sizes(fmt: KVFormat, block_size: int, head_dim: int, v_head_dim: int) -> Mapping[str, int]:
-    """:meth:`PagedCache.sizes`: asked for with every launch."""
-    sizes = {'PAGE': block_size}
-    for suffix, encoding, dim in (('', fmt.key, head_dim), ('V', fmt.value, v_head_dim)):
-        part = part_dim(dim, encoding.codec.parts)
-        sizes |= {f'D{suffix}': dim, f'PART{suffix}': part, f'PARTS{suffix}': encoding.codec.parts,
-                  f'BLOCK_D{suffix}': 1 << (dim - 1).bit_length(), f'BLOCK_P{suffix}': 1 << (part - 1).bit_length()}
-    return sizes
+        k_scales, v_scales = ((0, 0) if s is None else s.stride()[:2] for s in (self.k_scales, self.v_scales))
+        static = (0 if s is None or s.dim() == 0 else s.stride(0) for s in (self.k_static_scale, self.v_static_scale))
+        return (*self.k_codes.stride()[:2], *self.v_codes.stride()[:2], *k_scales, *v_scales, *static)
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from targets import VERDICT, verdicts
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq.kernels.decode import Workspace
-from lmdeploy_kvq.kernels.fill import FillConfig, TokenLayout, fill
+from lmdeploy_kvq.kernels.fill import TokenLayout, fill
 
 COPIES = 8
 GROUP = 4
@@ -59,7 +59,6 @@ class Ours:
         self.caches = [kvq.PagedCache.allocate(name, blocks, page, heads, dim) for _ in range(COPIES)]
         self.layout = TokenLayout(q_start=q_start, q_lens=q_lens, kv_lens=lens, block_table=table,
                                   uniform_query_len=query_len)
-        self.config: FillConfig | None = None
         self.inputs: list = [None] * COPIES
         if query_len:
             query = torch.randn((tokens, GROUP * heads, dim), dtype=torch.bfloat16, device='cuda')
@@ -68,7 +67,7 @@ class Ours:
         self.written = tokens * self.caches[0].nbytes // (blocks * page)
 
     def __call__(self, i: int) -> None:
-        fill(self.data[i][0], self.data[i][1], self.caches[i], self.layout, self.inputs[i], self.config)
+        fill(self.data[i][0], self.data[i][1], self.caches[i], self.layout, self.inputs[i])
 
 
 def main() -> None:

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-import triton
 from helpers import by_name, covering, finite, problem, steps_apart
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.formats import part_dim
-from lmdeploy_kvq.kernels.fill import FillConfig, TokenLayout, fill
-from lmdeploy_kvq.kernels.launch import cdiv, interpreted, next_power_of_2
+from lmdeploy_kvq.kernels.fill import TokenLayout, fill
+from lmdeploy_kvq.kernels.launch import interpreted
 from lmdeploy_kvq.transforms import from_matrix
 
 EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
@@ -102,34 +101,11 @@ def test_pages_do_not_depend_on_the_size_of_a_piece(fmt, pieces, calibrated, dev
         assert torch.equal(whole, in_pieces)
 
 
-@pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
-def test_pages_do_not_depend_on_launch_parameters(fmt, device):
-    tokens, heads, dim = (16, 1, 64) if interpreted() else (256, 2, 128)
-    generator = torch.Generator().manual_seed(6)
-    key, value = torch.randn((2, tokens, heads, dim), generator=generator).bfloat16().to(device)
-    layout = TokenLayout(slots=torch.arange(tokens, device=device))
-    pages = []
-    for config in (None, FillConfig(8, 2), *([] if interpreted() else [FillConfig(2, 1), FillConfig(16, 4)])):
-        cache = kvq.PagedCache.allocate(fmt, tokens // 16, 16, heads, dim, device=device)
-        fill(key, value, cache, layout, config=config)
-        pages.append([x.view(torch.uint8).cpu() for x in cache.tensors()[:4] if x is not None])
-    for other in pages[1:]:
-        assert all(map(torch.equal, pages[0], other))
-
-
-def test_the_hosts_arithmetic_is_tritons():
-    """It stands in for Triton's, whose functions take microseconds of every launch."""
-    for n in range(1, 300):
-        assert next_power_of_2(n) == triton.next_power_of_2(n)
-        assert [cdiv(n, d) for d in (1, 7, 64)] == [triton.cdiv(n, d) for d in (1, 7, 64)]
-    assert cdiv(0, 5) == 0
-
-
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
 @EVERY
 def test_codes_and_scales_equal_the_references(fmt, dtype, device):
     shape = {'head_dim': 128, 'dtype': dtype, 'block_size': 64}
-    lens = [199, 1, 100] if not interpreted() else [70, 1, 40] if dtype == torch.bfloat16 else [18, 1, 3]
+    lens = [70, 1, 40] if interpreted() else [199, 1, 100]
     p, expected = written(problem(fmt, lens, device=device, fill=False, **shape), **shape)
     # bf16 has so few bits that one value in 200 is a tie of an fp8 format.
     assert_same_tokens(p, expected, rare=3e-3 if dtype == torch.bfloat16 else 1e-3)
@@ -173,7 +149,7 @@ def test_rows_may_be_strided(fmt, device):
 @pytest.mark.parametrize('tokens', [5, 70])
 @FORMATS
 def test_padding_slots_leave_every_byte(fmt, tokens, device):
-    p = problem(fmt, [min(tokens, 20) if interpreted() else tokens], device=device, pooled=True)
+    p = problem(fmt, [tokens], device=device, pooled=True)
     before = p.snapshot()
     for negative in (-1, -p.cache.block_size, -2**31):
         kvq.reshape_and_cache(p.key + 1, p.value - 1, p.cache, torch.full_like(p.slots, negative))

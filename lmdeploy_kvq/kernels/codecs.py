@@ -13,8 +13,6 @@ would drown in an offset.
 """
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,8 +251,7 @@ def decode_gain(codec: Codec, cap: int) -> float:
     return device.gain if cap >= FP8_CONVERT_CAP.value else device.soft_gain
 
 
-@functools.cache
-def decoding(fmt: KVFormat, cap: int) -> Mapping[str, Any]:
+def decoding(fmt: KVFormat, cap: int) -> dict[str, Any]:
     """The constants of kernels that read pages: of K, and with a V behind the names of V.
 
     OFFSET is what is left of a codec's offset in what ``decode`` returns: all of it in K, which is not centered.

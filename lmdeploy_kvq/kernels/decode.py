@@ -18,12 +18,10 @@ from .combine import FAN, STATISTICS, combine_partials, finish, repeat_columns, 
 from .fill import DecodeInputs, TokenLayout, fill
 from .launch import (
     batch_block,
-    cdiv,
     check_device,
     compute_capability,
     dependent_launch,
     multiprocessors,
-    next_power_of_2,
     shared_memory,
 )
 from .rotation import join_parts, operand
@@ -279,9 +277,9 @@ class Workspace:
         """From PyTorch's caching allocator; reads no lengths, so that a launch can be captured in a CUDA graph."""
         kv_heads = cache.num_kv_heads
         rows = query.size(1) // kv_heads * query_len
-        block_m = min(max(8, next_power_of_2(rows)), 32)
+        block_m = min(max(8, triton.next_power_of_2(rows)), 32)
         config = config or default_config(cache, block_m)
-        grid_heads = kv_heads * cdiv(rows, block_m)
+        grid_heads = kv_heads * triton.cdiv(rows, block_m)
         target = config.programs or max(1, config.occupancy * multiprocessors(query.device) // grid_heads)
         sizes = cache.sizes()
         levels = 1 + (target > FAN.value) + (target > FAN.value**2)
@@ -305,7 +303,7 @@ class Workspace:
         PIECES: results that short sequences leave at most, two reads' worth.
         """
         sizes = cache.sizes()
-        columns = min(self.block_m, next_power_of_2(rows))
+        columns = min(self.block_m, triton.next_power_of_2(rows))
         elements = columns * sizes['BLOCK_PV'] * sizes['PARTSV']
         registers = 32 if columns == 8 else 64
         at_once = max(1, min(FAN.value, registers * 32 * self.config.num_warps // elements))
@@ -347,7 +345,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     config, cap, rows = workspace.config, compute_capability(query.device), heads // kv_heads * query_len
     wait = WAIT_FIRST if not filled else WAIT_QUERIES if workspace.rotated is not None else WAIT_PAGES
     v_matrix, v_stride, v_factor = operand(cache.v_transform, inverse=True)
-    _decode_kernel[(kv_heads * cdiv(rows, workspace.block_m), workspace.target)](
+    _decode_kernel[(kv_heads * triton.cdiv(rows, workspace.block_m), workspace.target)](
         query, *cache.tensors(), v_matrix, out, workspace.partial, workspace.counters, sinks,
         alibi_slopes, kv_lens, block_table, batch, workspace.target, sm_scale, *query.stride()[:2], *out.stride()[:2],
         block_table.stride(0), v_stride, *cache.strides(), **cache.sizes(),

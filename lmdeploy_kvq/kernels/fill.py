@@ -5,8 +5,6 @@ products.
 """
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +14,12 @@ import triton.language as tl
 
 from ..reference import MAX_INPUT, MAX_UNBIASED, MIN_SCALE
 from .codecs import device_codec
-from .launch import (
-    batch_block,
-    cdiv,
-    check_device,
-    compute_capability,
-    dependent_launch,
-    multiprocessors,
-    next_power_of_2,
-)
+from .launch import batch_block, check_device, compute_capability, dependent_launch, multiprocessors
 from .rotation import load_columns, mix_columns, operand, rotate_columns, split_parts
 from .tiles import key_offset, token_slots, value_offset
 
 if TYPE_CHECKING:
-    from ..formats import KVFormat
+    from ..formats import Encoding
     from ..paged import PagedCache
 
 
@@ -253,20 +243,8 @@ class DecodeInputs:
     rotated: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class FillConfig:
-    """Launch parameters of the fill kernel; they change speed, never what is written.
-
-    Attributes:
-        rows: rows of K, of V or of queries that a program takes, a power of two.
-        num_warps: its warps.
-    """
-    rows: int
-    num_warps: int
-
-
 def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache, layout: TokenLayout,
-         inputs: DecodeInputs | None = None, config: FillConfig | None = None) -> None:
+         inputs: DecodeInputs | None = None) -> None:
     """Quantize ``key`` [tokens, kv_heads, head_dim] and ``value`` [tokens, kv_heads, v_head_dim] into their pages.
 
     Works in place on ``cache``; starts two programs per KV head and tile of tokens and allocates nothing.
@@ -276,7 +254,6 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         cache: the pages.
         layout: which slots the tokens go to.
         inputs: see :class:`DecodeInputs`.
-        config: launch parameters; None: :func:`default_config`'s.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit the cache.
@@ -295,65 +272,56 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
     v_matrix, v_stride, v_factor = operand(cache.v_transform)
     q_matrix, _, q_factor = operand(cache.k_transform, inverse=True)
     heads_per_kv = 1 if query is None else query.size(1) // cache.num_kv_heads
-    config = config or default_config(cache, tokens, (0 if key is None else 2) + (0 if query is None else heads_per_kv),
-                                      k_matrix is not None or v_matrix is not None, k_factor != 0 or v_factor != 0)
-    programs = (0 if key is None else 2 * cdiv(tokens, config.rows)) + (
-        0 if query is None else cdiv(tokens * heads_per_kv, config.rows))
+    tile, warps = _tile(cache, tokens, (0 if key is None else 2) + (0 if query is None else heads_per_kv),
+                        k_matrix is not None or v_matrix is not None, k_factor != 0 or v_factor != 0)
+    programs = (0 if key is None else 2 * triton.cdiv(tokens, tile)) + (
+        0 if query is None else triton.cdiv(tokens * heads_per_kv, tile))
     _fill_kernel[(cache.num_kv_heads, max(programs, 1))](
         key, value, query, None if inputs is None else inputs.rotated, None if inputs is None else inputs.counters,
         *cache.tensors(), k_matrix, v_matrix, q_matrix, layout.slots, layout.q_start, layout.q_lens, layout.kv_lens,
         table, 0 if table is None else table.stride(0), batch, tokens, 0 if inputs is None else inputs.counters.numel(),
         *_strides(key), *_strides(value), *_strides(query), k_stride, v_stride, 0 if query is None else query.size(1),
-        *cache.strides(), HADAMARD=k_factor, HADAMARDV=v_factor, HADAMARDQ=q_factor, **_encodings(fmt),
-        MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT, MAX_UNBIASED=MAX_UNBIASED, **cache.sizes(), HEADS_PER_KV=heads_per_kv,
-        FILLS=key is not None, TOKENS=config.rows, SLOTS_GIVEN=layout.slots is not None,
+        *cache.strides(), HADAMARD=k_factor, HADAMARDV=v_factor, HADAMARDQ=q_factor, **_encoding(fmt.key, ''),
+        **_encoding(fmt.value, 'V'), MIN_SCALE=MIN_SCALE, MAX_INPUT=MAX_INPUT, MAX_UNBIASED=MAX_UNBIASED,
+        **cache.sizes(), HEADS_PER_KV=heads_per_kv,
+        FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=1 if layout.uniform_query_len else batch_block(batch),
-        CAP=cap, num_warps=config.num_warps, **dependent_launch(cap),
-        enable_fp_fusion=False)  # it would depend on layouts
+        CAP=cap, num_warps=warps, enable_fp_fusion=False, **dependent_launch(cap))  # fusing would depend on layouts
 
 
-def default_config(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool,
-                   butterflies: bool) -> FillConfig:
-    """Launch parameters for a cache, its GPU, and what is written; benchmarks/results/fill_sweeps.json.
+def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, butterflies: bool) -> tuple[int, int]:
+    """Rows per program, and its warps.
 
-    For a decode step as few rows as there can be without too many programs, for starting one takes over a nanosecond of
-    the GPU. Every program that multiplies by a matrix reads it, so that there should not be many more than
-    multiprocessors.
-
-    Args:
-        rows_per_token: of K, V and queries, per KV head.
-        matrices, butterflies: how rows are rotated, if they are.
+    For a decode step as few as there can be without too many programs, for starting one takes over a nanosecond of the
+    GPU; benchmarks/results/fill_sweeps.json. Every program that multiplies by a matrix reads it, so that there should
+    not be many more than multiprocessors.
     """
     rows, sms = tokens * rows_per_token * cache.num_kv_heads, multiprocessors(cache.k_codes.device)
     dim = max(cache.head_dim, cache.v_head_dim)
     if matrices:
-        tile = min(max(8, next_power_of_2(rows // (2 * sms))), 64)
-        return FillConfig(tile, 4 if tile <= 16 else 8)
+        tile = min(max(8, triton.next_power_of_2(rows // (2 * sms))), 64)
+        return tile, 4 if tile <= 16 else 8
     if tokens > 512:
-        return FillConfig(32, 4)
+        return 32, 4
     tile = max(1, 128 // min(cache.head_dim, cache.v_head_dim)) if butterflies else 1  # products have eight columns
     programs, elements = (12 * sms, 512) if butterflies else (6 * sms, 256)
     while rows > programs * tile and 2 * tile * dim <= elements:
         tile *= 2
-    return FillConfig(tile, 1)
+    return tile, 1
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()[:2]
 
 
-@functools.cache
-def _encodings(fmt: KVFormat) -> Mapping[str, Any]:
-    """The kernel's constants of how K is stored, and with a V behind their names those of V."""
-    constants: dict[str, Any] = {}
-    for encoding, suffix in ((fmt.key, ''), (fmt.value, 'V')):
-        codec = encoding.codec
-        rms = encoding.statistic == 'rms'
-        found = {'ENCODE': device_codec(codec).encode, 'OFFSET': codec.offset, 'RMS': rms,
+def _encoding(encoding: Encoding, suffix: str) -> dict[str, Any]:
+    """The kernel's constants of one encoding."""
+    codec = encoding.codec
+    rms = encoding.statistic == 'rms'
+    constants = {'ENCODE': device_codec(codec).encode, 'OFFSET': codec.offset, 'RMS': rms,
                  'FACTOR': encoding.shrink * (1.0 if rms else 1.0 / codec.qmax), 'RULE': _RULES[encoding.rule],
                  'PER_TOKEN': encoding.per_token_head, 'BITS': codec.bits}
-        constants |= {name + suffix: value for name, value in found.items()}
-    return constants
+    return {name + suffix: value for name, value in constants.items()}
 
 
 def _check(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache,

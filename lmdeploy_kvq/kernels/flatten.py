@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .codecs import decoding
-from .launch import batch_block, cdiv, check_device, compute_capability
+from .launch import batch_block, check_device, compute_capability
 from .tiles import key_rows, locate_tile, tile_block, tile_offset, value_columns
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def flatten(cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor,
     block_n = min(64, cache.block_size)
     partial = batch if first is None else 2 * batch  # tiles that a range fills in part, at its end or at both
     k_transform, v_transform = cache.k_transform, cache.v_transform
-    _flatten_kernel[(cache.num_kv_heads, cdiv(total_tokens, block_n) + partial)](
+    _flatten_kernel[(cache.num_kv_heads, triton.cdiv(total_tokens, block_n) + partial)](
         *cache.tensors(), k_transform and k_transform.inverse, v_transform and v_transform.inverse,
         key_out, value_out, new and new.key, new and new.value, new and new.q_start, new and new.q_lens, first, kv_lens,
         block_table, block_table.stride(0), batch, total_tokens, k_transform.stride_h if k_transform else 0,

@@ -49,23 +49,13 @@ def shared_memory(device: torch.device) -> int:
     return _of(device)[2]
 
 
-def cdiv(a: int, b: int) -> int:
-    """Quotient, rounded up. Triton's own is a builtin of its compiler too, and takes 5 us of every launch."""
-    return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    """The power of two that is n or the next above it; 1 for 0."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def batch_block(batch: int) -> int:
     """A power of two, ``batch`` or more, and one of few, for kernels are compiled for each, in a second or two.
 
     LMDeploy captures CUDA graphs for a dozen batch sizes when it starts. Up to 32 lengths are summed within a warp, and
     for 256 it takes hardly more instructions than for 64.
     """
-    return next((size for size in (1, 32, 256) if batch <= size), next_power_of_2(batch))
+    return next((size for size in (1, 32, 256) if batch <= size), triton.next_power_of_2(batch))
 
 
 def check_device(tensor: torch.Tensor) -> None:

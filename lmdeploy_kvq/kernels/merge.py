@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, check_device, next_power_of_2
+from .launch import check_device
 
 _TOKENS = 32
 """Tokens of one head per program: one 128-byte line of log-sum-exps."""
@@ -85,7 +85,7 @@ def merge(running: torch.Tensor, running_lse: torch.Tensor, part: torch.Tensor, 
                              f'{tuple(x.shape)}')
     if tokens == 0:
         return
-    _merge_kernel[(heads, cdiv(tokens, _TOKENS))](
+    _merge_kernel[(heads, triton.cdiv(tokens, _TOKENS))](
         running, running_lse, part, part_lse, out, tokens, *running.stride()[:2], *part.stride()[:2], *out.stride()[:2],
-        running_lse.stride(0), part_lse.stride(0), DV=dim, BLOCK_DV=next_power_of_2(dim), TOKENS=_TOKENS,
+        running_lse.stride(0), part_lse.stride(0), DV=dim, BLOCK_DV=triton.next_power_of_2(dim), TOKENS=_TOKENS,
         IN_PLACE=out is running)
