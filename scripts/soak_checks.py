@@ -77,9 +77,15 @@ class Deviation:
         return self.gaps[0] if self.gaps else 0.0
 
 
+def _scored(answers: Sequence[Answer], references: Mapping[int, Answer]) -> list[tuple[Score, Answer]]:
+    """Answers compared with the references of their prompts; those without a token or with an error do not count."""
+    return [(score(answer, references[answer.request.prompt]), answer) for answer in answers
+            if answer.error is None and answer.ids]
+
+
 def deviation(answers: Sequence[Answer], references: Mapping[int, Answer]) -> Deviation:
-    """Compare answers with the references of their prompts; those without a token or with an error do not count."""
-    scores = [score(a, references[a.request.prompt]) for a in answers if a.error is None and a.ids]
+    """The scores of many answers, together; see :func:`_scored` for which of them count."""
+    scores = [found for found, _ in _scored(answers, references)]
     if not scores:
         return Deviation(0, 0.0, 0.0, 0.0, ())
     return Deviation(len(scores), sum(s.same == s.tokens for s in scores) / len(scores),
@@ -92,12 +98,7 @@ def farthest(answers: Sequence[Answer], references: Mapping[int, Answer], count:
     """The answers with the largest gaps, and what tells a damaged page from noise: where each left its reference, with
     which token (``kept``: one of the likeliest that the reference kept, else its gap is a lower bound), how likely it
     found that itself, and how its client behaved."""
-    found = []
-    for answer in answers:
-        if answer.error is None and answer.ids:
-            scored = score(answer, references[answer.request.prompt])
-            if scored.same < scored.tokens:
-                found.append((scored, answer))
+    found = [pair for pair in _scored(answers, references) if pair[0].same < pair[0].tokens]
     found.sort(key=lambda pair: -pair[0].gap)
     return [{'prompt': answer.request.prompt, 'at': scored.same, 'gap': scored.gap, 'token': answer.ids[scored.same],
              'kept': answer.ids[scored.same] in {token for _, token in

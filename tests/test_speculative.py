@@ -203,27 +203,8 @@ def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
     several = {name: engines.kl(*engines.same_history(runs[f'{name} alone'], runs[f'{name} draft']))
                for name in policies}
     expected = engines.reference('llama')
-    told = {name: accepted_by_transformers(prompts, runs[f'{name} alone']['tokens'], name) for name in policies}
-    print(accepted, told, several, expected)
+    print(accepted, several, expected)
     assert 0.5 < accepted['none'] < 1 and runs['none draft']['drafted'] > 5000
     for name in engines.FORMATS:
-        if expected[name] < 0.01:
-            assert abs(accepted[name] - accepted['none']) <= 0.02
-        else:  # random weights: a loss as large makes target and draft disagree, by as much as transformers says
-            assert abs((accepted[name] - accepted['none']) - (told[name] - told['none'])) <= 0.04
+        assert abs(accepted[name] - accepted['none']) <= 0.02
         assert several[name] <= 3 * (several['none'] + (several['none'] * expected[name])**.5)
-
-
-def accepted_by_transformers(prompts: list[list[int]], answers: list[list[int]], fmt: str) -> float:
-    """Share of drafted tokens that would be accepted, if mistakes come independently: by how often the two models,
-    each with a cache in the format (``none``: exact), expect the same token behind the answers' tokens."""
-    target, draft = (models.build('llama').to(torch.bfloat16).float() for _ in range(2))
-    draft.model.layers[0].input_layernorm = torch.nn.Identity()
-    same = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = [*prompt, *answer]
-        first, second = (models.log_probabilities(model, tokens, None if fmt == 'none' else models.quantized_cache(
-            model, fmt)).argmax(-1) for model, tokens in ((target, ids), (draft, ids[1:])))
-        same.append((first[1:] == second)[len(prompt) - 2:-1].float())
-    agreement = float(torch.cat(same).mean())
-    return sum(agreement**n for n in range(1, DRAFTED + 1)) / DRAFTED
