@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 SCALE_BITS = 32  # scales are stored in fp32: bf16 scales were measured to double int8's error
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-GROUP = 16
-"""Pages are made of blocks of GROUP tokens by GROUP bytes, in the order of tensor-core fragments."""
+ROW_ALIGNMENT = 16
+"""Bytes that the rows of a page are rounded up to: what a lane copies at once."""
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,16 @@ FORMATS: tuple[KVFormat, ...] = (
 
 
 def part_dim(dim: int, parts: int) -> int:
-    """Elements of a part of a row, which is as many bytes: a row of ``dim`` is ``parts`` equal ones, in whole groups.
+    """Elements of a part of a row, which is as many bytes: a row of ``dim`` is ``parts`` equal ones, rounded up.
 
     Byte j holds the elements j, j + part_dim, j + 2 x part_dim ..., the first one in its lowest bits.
     """
-    return -(-dim // (GROUP * parts)) * GROUP
+    return -(-dim // (ROW_ALIGNMENT * parts)) * ROW_ALIGNMENT
 
 
 def page_shape(block_size: int, dim: int, encoding: Encoding) -> tuple[int, int]:
-    """Shape of the codes of one page and KV head, of K or of V: groups of tokens, bytes of a group."""
-    return block_size // GROUP, GROUP * part_dim(dim, encoding.codec.parts)
+    """Shape of the codes of one page and KV head, of K or of V: tokens, bytes of a row."""
+    return block_size, part_dim(dim, encoding.codec.parts)
 
 
 def _index(formats: tuple[KVFormat, ...]) -> tuple[dict[str, KVFormat], dict[int, KVFormat]]:

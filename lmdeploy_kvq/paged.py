@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .formats import GROUP, Encoding, KVFormat, get_format, page_shape, part_dim
+from .formats import Encoding, KVFormat, get_format, page_shape, part_dim
 from .transforms import Transform, hadamard
 
 if TYPE_CHECKING:
@@ -19,9 +19,8 @@ class PagedCache:
 
     Attributes:
         format: the entry of the format table.
-        k_codes, v_codes: uint8 [blocks, kv_heads, block_size / 16, 16 * bytes of a row]; the last two axes are
-            contiguous. Bytes stand in the order of tensor-core fragments (docs/formats.md), rows are rounded up to 16
-            bytes; :attr:`k_rows` and :attr:`v_rows` show them token by token.
+        k_codes, v_codes: uint8 [blocks, kv_heads, block_size, bytes of a row]; the last two axes are contiguous, rows
+            are rounded up to 16 bytes (docs/formats.md).
         head_dim, v_head_dim: elements of a K row and of a V row.
         k_scales, v_scales: fp32 [blocks, kv_heads, block_size], or None for a static encoding.
         k_static_scale, v_static_scale: fp32 scalar or [kv_heads], or None for a per-token-head encoding.
@@ -97,25 +96,7 @@ class PagedCache:
     @property
     def block_size(self) -> int:
         """Tokens per page."""
-        return self.k_codes.size(2) * GROUP
-
-    @property
-    def k_rows(self) -> torch.Tensor:
-        """K's bytes token by token: a view of :attr:`k_codes`, [blocks, kv_heads, *token, *byte].
-
-        Token ``t`` of a page is at ``[..., t // 16, t // 8 % 2, t % 8, :, :, :]``, byte ``d`` of its row at
-        ``[..., d // 16, d // 4 % 4, d % 4]``.
-        """
-        return self.k_codes.unflatten(-1, (-1, 8, 4, 2, 4)).permute(0, 1, 2, 6, 4, 3, 5, 7)
-
-    @property
-    def v_rows(self) -> torch.Tensor:
-        """V's bytes token by token: a view of :attr:`v_codes`, [blocks, kv_heads, *token, *byte].
-
-        Token ``t`` of a page is at ``[..., t // 16, t // 4 % 4, t % 4, :, :, :, :]``, byte ``d`` of its row at
-        ``[..., d // 16, d // 8 % 2, d // 4 % 2, d % 4]``.
-        """
-        return self.v_codes.unflatten(-1, (-1, 2, 4, 4, 2, 4)).permute(0, 1, 2, 5, 8, 3, 7, 4, 6)
+        return self.k_codes.size(2)
 
     @property
     def k_scale(self) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .formats import GROUP, Codec, Encoding, part_dim
+from .formats import Codec, Encoding, part_dim
 from .transforms import Transform
 
 if TYPE_CHECKING:
@@ -117,26 +117,23 @@ def unpack(packed: torch.Tensor, codec: Codec, dim: int) -> torch.Tensor:
     return codes.flatten(-2)[..., :dim].to(torch.uint8)
 
 
-def _pages(cache: PagedCache, slots: torch.Tensor) -> list[tuple[Any, ...]]:
-    """Of K and of V: encoding, transform, row size, bytes token by token, their index by ``slots``, both scales."""
-    block, offset = slots // cache.block_size, slots % cache.block_size
-    group = offset // GROUP
-    of_k = (block, slice(None), group, offset // 8 % 2, offset % 8)
-    of_v = (block, slice(None), group, offset // 4 % 4, offset % 4)
+def _pages(cache: PagedCache) -> list[tuple[Any, ...]]:
+    """Of K and of V: encoding, transform, row size, codes, both scales."""
     fmt = cache.format
-    return [(fmt.key, cache.k_transform, cache.head_dim, cache.k_rows, of_k, cache.k_scales, cache.k_static_scale),
-            (fmt.value, cache.v_transform, cache.v_head_dim, cache.v_rows, of_v, cache.v_scales, cache.v_static_scale)]
+    return [(fmt.key, cache.k_transform, cache.head_dim, cache.k_codes, cache.k_scales, cache.k_static_scale),
+            (fmt.value, cache.v_transform, cache.v_head_dim, cache.v_codes, cache.v_scales, cache.v_static_scale)]
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, cache: PagedCache, slot_mapping: torch.Tensor) -> None:
     """Quantize and write new tokens; see :func:`lmdeploy_kvq.reshape_and_cache`."""
     written = slot_mapping >= 0
     slots = slot_mapping[written].long()
-    for x, (encoding, transform, _, rows, where, scales, static) in zip((key, value), _pages(cache, slots)):
+    where = slots // cache.block_size, slice(None), slots % cache.block_size
+    for x, (encoding, transform, _, rows, scales, static) in zip((key, value), _pages(cache)):
         codes, new_scales = encode(x[written], encoding, static, transform)
-        rows[where] = pack(codes, encoding.codec).unflatten(-1, rows.shape[len(where):])
+        rows[where] = pack(codes, encoding.codec)
         if encoding.per_token_head:
-            scales[slots // cache.block_size, :, slots % cache.block_size] = new_scales
+            scales[where] = new_scales
 
 
 def gather(cache: PagedCache, block_table: torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,11 +148,11 @@ def gather(cache: PagedCache, block_table: torch.Tensor, kv_len: int) -> tuple[t
         key [kv_len, kv_heads, head_dim], value [kv_len, kv_heads, v_head_dim], fp32.
     """
     position = torch.arange(kv_len, device=block_table.device)
-    slots = block_table[position // cache.block_size].long() * cache.block_size + position % cache.block_size
+    where = block_table[position // cache.block_size].long(), slice(None), position % cache.block_size
     out = []
-    for encoding, transform, dim, rows, where, scales, static in _pages(cache, slots):
-        scale = scales[slots // cache.block_size, :, slots % cache.block_size] if encoding.per_token_head else static
-        out.append(decode(unpack(rows[where].flatten(2), encoding.codec, dim), encoding, scale, transform))
+    for encoding, transform, dim, rows, scales, static in _pages(cache):
+        scale = scales[where] if encoding.per_token_head else static
+        out.append(decode(unpack(rows[where], encoding.codec, dim), encoding, scale, transform))
     return out[0], out[1]
 
 

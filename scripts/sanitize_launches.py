@@ -14,7 +14,7 @@ import torch
 from lmdeploy_kvq import KVFormat, flatten, reference
 from lmdeploy_kvq.kernels.combine import FAN
 from lmdeploy_kvq.kernels.decode import DecodeConfig, Workspace, decode
-from lmdeploy_kvq.kernels.fill import DecodeInputs, TokenLayout, fill
+from lmdeploy_kvq.kernels.fill import QUERY_TAIL, DecodeInputs, TokenLayout, fill
 from lmdeploy_kvq.kernels.flatten import NewTokens
 from lmdeploy_kvq.kernels.flatten import flatten as flatten_into
 from lmdeploy_kvq.kernels.merge import merge
@@ -55,7 +55,8 @@ def _fill(fmt: KVFormat, dim: int, v_dim: int | None, page: int, repeats: int) -
     p = _problem(fmt, dim, v_dim, page, fill=False)
     lens = p.kv_lens
     query = torch.randn(p.key.size(0), 6, dim, device=DEVICE, dtype=torch.bfloat16)
-    rotated = torch.empty(query.shape, device=DEVICE) if p.cache.k_transform is not None else None
+    rotated = torch.empty((*query.shape[:2], query.size(2) + QUERY_TAIL.value), dtype=torch.float16, device=DEVICE) \
+        if p.cache.k_transform is not None else None
     counters = torch.full((300, ), 7, dtype=torch.int32, device=DEVICE)
     inputs = DecodeInputs(counters, query if rotated is not None else None, rotated)
     layout = TokenLayout(q_start=lens.cumsum(0) - lens, q_lens=lens, kv_lens=lens, block_table=p.block_table)

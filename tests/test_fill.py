@@ -27,8 +27,8 @@ def written(p, **changes):
 
 
 def by_token(rows: torch.Tensor) -> torch.Tensor:
-    """``k_rows`` or ``v_rows`` as [blocks, tokens, kv_heads, bytes]."""
-    return rows.flatten(5).flatten(2, 4).transpose(1, 2)
+    """Codes as [blocks, tokens, kv_heads, bytes]."""
+    return rows.transpose(1, 2)
 
 
 def on_the_grid(x: torch.Tensor, encoding, scale: torch.Tensor, transform) -> torch.Tensor:
@@ -49,10 +49,10 @@ def assert_same_tokens(p, expected, rare: float = 2e-2):
     unused = torch.ones(p.cache.num_blocks, p.cache.block_size, dtype=torch.bool, device=slots.device)
     unused[block, offset] = False
     for x, encoding, transform, scale, other_scale, rows, others in (
-        (p.key, fmt.key, p.cache.k_transform, p.cache.k_scale, expected.cache.k_scale, p.cache.k_rows,
-         expected.cache.k_rows),
-        (p.value, fmt.value, p.cache.v_transform, p.cache.v_scale, expected.cache.v_scale, p.cache.v_rows,
-         expected.cache.v_rows),
+        (p.key, fmt.key, p.cache.k_transform, p.cache.k_scale, expected.cache.k_scale, p.cache.k_codes,
+         expected.cache.k_codes),
+        (p.value, fmt.value, p.cache.v_transform, p.cache.v_scale, expected.cache.v_scale, p.cache.v_codes,
+         expected.cache.v_codes),
     ):
         codec = encoding.codec
         rows, others = by_token(rows), by_token(others)

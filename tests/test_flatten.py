@@ -45,8 +45,8 @@ def test_every_finite_code_decodes_exactly(fmt, device):
     """All codes, not only those that random data hits. (NaN and infinity codes are never written.)"""
     p = problem(fmt, [256], device=device, head_dim=16, kv_heads=1)
     codes = torch.arange(256, dtype=torch.int32, device=device).to(torch.uint8)
-    p.cache.k_rows[:] = codes.view(1, 1, 1, 2, 8, 1, 4, 4)
-    p.cache.v_rows[:] = codes.view(1, 1, 1, 4, 4, 1, 2, 2, 4)
+    for rows in (p.cache.k_codes, p.cache.v_codes):
+        rows[:] = codes.view(1, 1, 16, 16)
     rows = kvq.flatten(p.cache, p.block_table, p.kv_lens, torch.float32)
     for x, expected, codec in zip(rows, expected_rows(p, torch.float32), (fmt.key.codec, fmt.value.codec), strict=True):
         values = reference.decode_codes(codes[:2**codec.bits], codec)

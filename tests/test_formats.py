@@ -118,9 +118,7 @@ def test_allocated_shapes(fmt):
     cache = kvq.PagedCache.allocate(fmt.name, 3, 32, 5, 64, 128, device='cpu')
     assert cache.format is fmt
     k_bytes, v_bytes = 64 * fmt.key.codec.bits // 8, 128 * fmt.value.codec.bits // 8
-    assert cache.k_codes.shape == (3, 5, 2, 16 * k_bytes) and cache.v_codes.shape == (3, 5, 2, 16 * v_bytes)
-    assert cache.k_rows.shape == (3, 5, 2, 2, 8, k_bytes // 16, 4, 4)
-    assert cache.v_rows.shape == (3, 5, 2, 4, 4, v_bytes // 16, 2, 2, 4)
+    assert cache.k_codes.shape == (3, 5, 32, k_bytes) and cache.v_codes.shape == (3, 5, 32, v_bytes)
     assert cache.k_codes.dtype == cache.v_codes.dtype == torch.uint8
     assert not cache.k_codes.any() and not cache.v_codes.any()
     assert (cache.num_blocks, cache.num_kv_heads, cache.block_size) == (3, 5, 32)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lmdeploy_kvq.kernels.launch import interpreted
-from lmdeploy_kvq.kernels.tiles import FEW_TILES, FEWEST, first_program, program_share
+from lmdeploy_kvq.kernels.tiles import FEW_TILES, FEWEST, first_tile, program_of, program_share
 
 TOKENS = 128
 
@@ -16,18 +16,19 @@ TOKENS = 128
 def _shares(lens_ptr, out_ptr, batch, target, BATCH: tl.constexpr, PIECES: tl.constexpr):
     """Of one program: sequence, tile, count, all tiles, programs, and who it thinks begins with its first tile."""
     pid = tl.program_id(0)
-    seq, tile, count, total, programs = program_share(pid, lens_ptr, batch, target, 1, -1, 128, BATCH, PIECES)
-    begin = (pid.to(tl.int64) + 1) * total // programs - count
+    seq, skip, count, total, programs = program_share(pid, lens_ptr, batch, target, 1, -1, 128, BATCH, PIECES)
+    begin = first_tile(pid + 1, total, programs) - count
     tl.store(out_ptr + pid * 6, seq)
-    tl.store(out_ptr + pid * 6 + 1, tile)
+    tl.store(out_ptr + pid * 6 + 1, skip)
     tl.store(out_ptr + pid * 6 + 2, count)
     tl.store(out_ptr + pid * 6 + 3, total)
     tl.store(out_ptr + pid * 6 + 4, programs)
-    tl.store(out_ptr + pid * 6 + 5, first_program(begin, total, programs))
+    tl.store(out_ptr + pid * 6 + 5, program_of(begin, total, programs))
 
 
 def shares(tiles: list[int], target: int, pieces: int = 16) -> torch.Tensor:
-    """[target, 6] of a batch of so many tiles per sequence; checks that every tile is taken once, in order."""
+    """[target, 6] of a batch of so many tiles per sequence; checks that every tile is taken once, in order.
+"""
     device = 'cpu' if interpreted() else 'cuda'
     lens = torch.tensor([n * TOKENS for n in tiles], dtype=torch.int32, device=device)
     out = torch.full((target, 6), -1, dtype=torch.int32, device=device)
@@ -79,4 +80,4 @@ def test_a_thousand_sequences_of_a_million_tokens():
     lens = torch.full((1024, ), 1 << 20, dtype=torch.int32, device=device)
     out = torch.zeros(6, dtype=torch.int32, device=device)
     _shares[(1, )](lens, out, 1024, 198, 1024, 16)
-    assert out[:5].tolist() == [0, 0, (1 << 23) // 198, 1 << 23, 198]
+    assert out[:5].tolist() == [0, 0, (1 << 23) // 198 + 1, 1 << 23, 198]  # the first take one more

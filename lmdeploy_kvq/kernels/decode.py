@@ -12,10 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import LOG2E, attend, load_queries, normalize_queries, prefetch_tile
-from .codecs import decoding, device_codec
+from .attend import (
+    LOG2E,
+    attend,
+    join_split,
+    load_queries,
+    normalize_queries,
+    prefetch_tile,
+    prepared_queries,
+    split_zeros,
+)
+from .codecs import decoding
 from .combine import FAN, STATISTICS, combine_partials, finish, repeat_columns, store_partial
-from .fill import DecodeInputs, TokenLayout, fill
+from .fill import QUERY_TAIL, DecodeInputs, TokenLayout, fill
 from .launch import (
     batch_block,
     check_device,
@@ -25,7 +34,7 @@ from .launch import (
     shared_memory,
 )
 from .rotation import join_parts, operand
-from .tiles import first_program, program_share, visible_tiles
+from .tiles import first_tile, program_of, program_share, tile_pages, visible_tiles
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -96,13 +105,14 @@ def _decode_kernel(
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
         PARTV: tl.constexpr, PARTS: tl.constexpr, PARTSV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-        PAGE: tl.constexpr, BATCH: tl.constexpr, DECODE: tl.constexpr, DECODEV: tl.constexpr, FINITEV: tl.constexpr,
+        BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        PAGE: tl.constexpr, BATCH: tl.constexpr, DECODE: tl.constexpr, PAIRSV: tl.constexpr, FINITEV: tl.constexpr,
         BITS: tl.constexpr, BITSV: tl.constexpr, GAIN: tl.constexpr, GAINV: tl.constexpr, OFFSET: tl.constexpr,
         OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
-        HADAMARDV: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr,
-        PIECES: tl.constexpr, CAP: tl.constexpr):
+        PREPARED: tl.constexpr, HADAMARDV: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr,
+        AT_ONCE: tl.constexpr, PIECES: tl.constexpr, CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
 
     The share may begin and end inside sequences and pass through whole ones; each sequence it touches is a segment.
@@ -114,7 +124,7 @@ def _decode_kernel(
         tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0) // ROW_TILES
     pid = tl.program_id(1)
-    seq, tile, remaining, total, programs = program_share(
+    seq, skip, remaining, total, programs = program_share(
         pid, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N, BATCH, PIECES)
     row = (tl.program_id(0) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < ROWS
@@ -129,6 +139,7 @@ def _decode_kernel(
         out_scale = out_scale * tl.load(v_static_ptr + kv_head * stride_v_static)
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
+    v_pairs_ptr = v_ptr.to(tl.pointer_type(tl.uint16))
     if PER_TOKEN:
         ks_ptr += kv_head * stride_ksh
     if PER_TOKENV:
@@ -151,48 +162,61 @@ def _decode_kernel(
     while remaining > 0:
         kv_len = tl.load(kv_lens_ptr + seq).to(tl.int32)
         first, last = visible_tiles(kv_len, QUERY_LEN, WINDOW, BLOCK_N)
-        tile = tl.maximum(tile, first)
+        tile = first + skip
         stop = tl.minimum(last, tile + remaining)
+        row_table_ptr = table_ptr + seq.to(tl.int64) * stride_table
         token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
         # While queries are on their way (nothing waits for a read before its first use), so is the first tile. Rotated
         # queries have to be waited for, the first tile not.
         if PDL and WAIT == WAIT_QUERIES:
-            prefetch_tile(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
+            prefetch_tile(row_table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
                           PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N, CAP)
             tl.extra.cuda.gdc_wait()
-        raw = load_queries(q_ptr + token * stride_qt + head * stride_qh, row_mask, D, PART, BLOCK_P, PARTS)
+        q_ptrs = q_ptr + token * stride_qt + head * stride_qh
+        raw = load_queries(q_ptrs, row_mask, D, PART, BLOCK_P, PARTS)
         if not (PDL and WAIT == WAIT_QUERIES):
-            prefetch_tile(table_ptr + seq.to(tl.int64) * stride_table, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
+            prefetch_tile(row_table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
                           PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N, CAP)
-        queries, power, query_sum = normalize_queries(raw, BITS, PARTS)
+        if PREPARED:
+            tail_ptrs = (q_ptrs + D).to(tl.pointer_type(tl.float32))
+            power = tl.load(tail_ptrs, mask=row_mask, other=1.0)
+            query_sum = tl.load(tail_ptrs + 1, mask=row_mask, other=0.0)
+            queries = prepared_queries(raw, BITS, PARTS, SPLIT)
+        else:
+            queries, power, query_sum = normalize_queries(raw, BITS, PARTS, SPLIT)
         row_scale = power * score_scale
         correction = query_sum * (-OFFSET / GAIN)
         q_pos = kv_len - QUERY_LEN + row // GROUP
-        m = tl.full([BLOCK_M], float('-inf'), tl.float32)
-        l = tl.zeros([WARPS * 8, BLOCK_M], tl.float32)
-        weight = tl.zeros([WARPS * 8, BLOCK_M], tl.float32)
+        ms = tl.max(split_zeros(1, BLOCK_M, SPLIT), -2) + float('-inf')
+        ls = split_zeros(WARPS * 8 // SPLIT, BLOCK_M, SPLIT)
+        weights = split_zeros(WARPS * 8 // SPLIT, BLOCK_M, SPLIT)
         accs = ()
-        for _ in tl.static_range(PARTSV):
-            accs += (tl.zeros([BLOCK_PV, BLOCK_M], tl.float32), )
+        for _ in tl.static_range(2 * PARTSV):
+            accs += (split_zeros(PAIRS, BLOCK_M, SPLIT), )
         if PDL and WAIT == WAIT_PAGES:
             tl.extra.cuda.gdc_wait()
         oldest = kv_len - QUERY_LEN - WINDOW
+        # Page ids are read a tile ahead: the compiler starts a tile's loads num_stages - 1 tiles early only if their
+        # addresses are there by then, and takes a read of an address as a stage of its own.
+        pages = tile_pages(row_table_ptr, tile, kv_len, PAGE, BLOCK_N)
         for step in range(tile, stop):
-            m, l, weight, accs = attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, step, oldest,
-                                        kv_len, table_ptr + seq.to(tl.int64) * stride_table, k_ptr, v_ptr, ks_ptr,
-                                        vs_ptr, stride_kb, stride_vb, stride_ksb, stride_vsb, PART, PARTV, BLOCK_P,
-                                        BLOCK_PV, PARTS, PARTSV, PAGE, BLOCK_N, DECODE, DECODEV, FINITEV, OFFSET,
-                                        OFFSETV, PER_TOKEN, PER_TOKENV, QMAXV, WINDOW, SOFTCAP, ALIBI, WARPS, CAP)
-        total_l = tl.sum(l, 0)
-        too_much = tl.sum(weight, 0) * OFFSETV
+            following = tile_pages(row_table_ptr, step + 1, kv_len, PAGE, BLOCK_N)
+            ms, ls, weights, accs = attend(
+                queries, row_scale, correction, q_pos, slope, ms, ls, weights, accs, step, oldest, kv_len, pages, k_ptr,
+                v_pairs_ptr, ks_ptr, vs_ptr, stride_kb, stride_vb // 2, stride_ksb, stride_vsb, PART, PARTV, BLOCK_P,
+                PAIRS, PARTS, PARTSV, PAGE, BLOCK_N, DECODE, PAIRSV, FINITEV, OFFSET, OFFSETV, PER_TOKEN, PER_TOKENV, QMAXV,
+                WINDOW, SOFTCAP, ALIBI, SPLIT, CAP)
+            pages = following
+        m, total_l, weight, parts = join_split(ms, ls, weights, accs, PARTSV, BLOCK_PV, SPLIT)
+        too_much = weight * OFFSETV
         values = ()
         for part in tl.static_range(PARTSV):
-            values += (accs[part] * (GAINV / (1 << (BITSV * part))) - too_much[None, :], )
+            values += (parts[part] * (GAINV / (1 << (BITSV * part))) - too_much[None, :], )
         acc = join_parts(values, PARTSV)
         # Numbers of the sequence's first and last tile in the batch, and the programs that have them.
-        begin = (pid.to(tl.int64) + 1) * total // programs - remaining - (tile - first)
-        first_pid = first_program(begin, total, programs)
-        pieces = first_program(begin + last - first - 1, total, programs) - first_pid + 1
+        begin = first_tile(pid + 1, total, programs) - remaining - skip
+        first_pid = program_of(begin, total, programs)
+        pieces = program_of(begin + last - first - 1, total, programs) - first_pid + 1
         out_ptrs = out_ptr + token * stride_ot + head * stride_oh
         if pieces > 1:
             slot = first_pid + seq
@@ -212,7 +236,7 @@ def _decode_kernel(
                    PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV)
         remaining -= stop - tile
         seq += 1
-        tile = first * 0
+        skip = first * 0
 
 
 @dataclass(frozen=True)
@@ -232,6 +256,13 @@ class DecodeConfig:
     num_stages: int = 2
     maxnreg: int | None = None
     programs: int | None = None
+    split: bool = False
+    combine_regs: int = 64
+
+    @property
+    def warps(self) -> int:
+        """Warps that have tokens of a tile, 16 or more each."""
+        return min(self.num_warps, self.block_n // 16)
 
 
 def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
@@ -261,7 +292,7 @@ class Workspace:
         config, target, block_m: launch parameters, programs per KV head and tile of rows, and rows of a tile.
         partial: fp32 [(target + batch) * kv_heads * rows + block_m, PARTIAL]; combining reads past the last row.
         counters: int32, zero before the kernel begins and after it has ended.
-        rotated: fp32 like the query, contiguous, for formats that rotate K.
+        rotated: the query as the fill leaves it for formats that rotate K, or None.
     """
     made_for: tuple[int, int, int]
     config: DecodeConfig
@@ -283,13 +314,14 @@ class Workspace:
         target = config.programs or max(1, config.occupancy * multiprocessors(query.device) // grid_heads)
         sizes = cache.sizes()
         levels = 1 + (target > FAN.value) + (target > FAN.value**2)
-        parts = [query.numel() if cache.k_transform is not None else 0,
+        row = query.size(2) + QUERY_TAIL.value
+        parts = [query.size(0) * query.size(1) * row // 2 if cache.k_transform is not None else 0,
                  ((target + batch) * kv_heads * rows + block_m) * (sizes['PARTSV'] * sizes['PARTV'] + STATISTICS.value),
                  levels * (target + batch) * grid_heads]
         memory = torch.empty(sum(parts), dtype=torch.float32, device=query.device)
         rotated, partial, counters = memory.split(parts)
         return cls((batch, *query.shape[:2]), config, target, block_m, partial, counters.view(torch.int32),
-                   rotated.view(query.shape) if cache.k_transform is not None else None)
+                   rotated.view(torch.float16).view(*query.shape[:2], row) if cache.k_transform is not None else None)
 
     def prepare(self, query: torch.Tensor, cache: PagedCache) -> Workspace:
         """Do what :func:`~lmdeploy_kvq.kernels.fill.fill` does, where nothing is to be filled."""
@@ -305,8 +337,7 @@ class Workspace:
         sizes = cache.sizes()
         columns = min(self.block_m, triton.next_power_of_2(rows))
         elements = columns * sizes['BLOCK_PV'] * sizes['PARTSV']
-        registers = 32 if columns == 8 else 64
-        at_once = max(1, min(FAN.value, registers * 32 * self.config.num_warps // elements))
+        at_once = max(1, min(FAN.value, self.config.combine_regs * 32 * self.config.num_warps // elements))
         return {'COLUMNS': columns, 'AT_ONCE': at_once, 'PIECES': min(FAN.value, 2 * at_once)}
 
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
@@ -349,11 +380,12 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         query, *cache.tensors(), v_matrix, out, workspace.partial, workspace.counters, sinks,
         alibi_slopes, kv_lens, block_table, batch, workspace.target, sm_scale, *query.stride()[:2], *out.stride()[:2],
         block_table.stride(0), v_stride, *cache.strides(), **cache.sizes(),
-        GROUP=heads // kv_heads, QUERY_LEN=query_len, BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
-        BATCH=batch_block(batch), **decoding(fmt, cap),
-        FINITEV=device_codec(fmt.value.codec).finite, QMAXV=fmt.value.codec.qmax,
+        PAIRS=max(cache.sizes()['BLOCK_PV'] // 2, 16), GROUP=heads // kv_heads, QUERY_LEN=query_len,
+        BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
+        BATCH=batch_block(batch), **decoding(fmt, cap, pairs=True), QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
-        ALIBI=alibi_slopes is not None, WAIT=wait.value, WARPS=min(config.num_warps, config.block_n // 16),
+        ALIBI=alibi_slopes is not None, WAIT=wait.value, PREPARED=workspace.rotated is not None,
+        WARPS=config.warps, SPLIT=config.warps if config.split else 1,
         HADAMARDV=v_factor, **workspace.combining(cache, rows), CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **dependent_launch(cap),
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))

@@ -15,8 +15,8 @@ import triton.language as tl
 from ..reference import MAX_INPUT, MAX_UNBIASED, MIN_SCALE
 from .codecs import device_codec
 from .launch import batch_block, check_device, compute_capability, dependent_launch, multiprocessors
-from .rotation import load_columns, mix_columns, operand, rotate_columns, split_parts
-from .tiles import key_offset, token_slots, value_offset
+from .rotation import load_columns, mix_columns, operand, power_below, rotate_columns, split_parts
+from .tiles import token_slots
 
 if TYPE_CHECKING:
     from ..formats import Encoding
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 
 _RULES = {'step': 0, 'least_squares': 1, 'unbiased': 2}
+
+QUERY_TAIL = tl.constexpr(8)
+"""fp16 words behind a rotated query: two fp32 numbers, and padding to whole 16 bytes."""
 
 
 @triton.jit
@@ -59,7 +62,7 @@ def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr,
 def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token, num_tokens, stride_t, stride_h,  #
                stride_b, stride_bh, stride_sb, stride_sh, stride_static, stride_matrix,  # codes, scales: block, head
                slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,  #
-               PLACE: tl.constexpr, HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr,
+               HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr,
                RMS: tl.constexpr, FACTOR: tl.constexpr, RULE: tl.constexpr, PER_TOKEN: tl.constexpr,
                BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
                BLOCK_D: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr,
@@ -73,7 +76,6 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
         head, token: KV head, and [columns] numbers of the tokens.
         matrix_ptr: A^T of the heads' rotations, or None; HADAMARD: the factor of butterflies in its place, or 0.
         static_ptr: the heads' scales, where they are not per token.
-        PLACE: where a byte of a row lies in its page, :func:`key_offset` or :func:`value_offset`.
     """
     LOG_P: tl.constexpr = BLOCK_P.bit_length() - 1
     byte = tl.arange(0, BLOCK_P)
@@ -106,8 +108,7 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
     else:
         step = tl.load(static_ptr + head * stride_static) + tl.zeros_like(offset).to(tl.float32)
     inverse = 1.0 / step
-    place = PLACE(offset[None, :], byte[:, None], PART)
-    packed = tl.zeros_like(place).to(tl.int32)
+    packed = tl.zeros_like(parts[0]).to(tl.int32)
     if RULE != 0:
         xc, cc, xx = parts[0] * 0.0, parts[0] * 0.0, parts[0] * 0.0  # type: ignore[misc]
     for part in tl.static_range(PARTS):
@@ -120,7 +121,8 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
             xx += parts[part] * parts[part]
         packed += tl.where(there, codes << (BITS * part), 0)
     code_ptrs = codes_ptr + block * stride_b + head * stride_bh
-    tl.store(code_ptrs[None, :] + place, packed.to(tl.uint8), mask=live[None, :] & (byte < PART)[:, None])
+    tl.store(code_ptrs[None, :] + (offset * PART)[None, :] + byte[:, None], packed.to(tl.uint8),
+             mask=live[None, :] & (byte < PART)[:, None])
     if PER_TOKEN:
         scale = step
         if RULE != 0:
@@ -136,7 +138,11 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
 @triton.jit
 def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_rows, stride_t, stride_h, num_heads,
                     HADAMARD: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write fp32 queries [tokens, heads, D], times the inverse of K's matrix, transposed, or by butterflies."""
+    """Write queries times the inverse of K's matrix, transposed, or by butterflies, as decode multiplies with them.
+
+    Rows of [tokens, heads, D + QUERY_TAIL]: D fp16 numbers, the row divided by a power of two near its largest element,
+    so that any fits; then, in fp32, the power and the sum of the numbers.
+    """
     head = kv_head * HEADS_PER_KV + column % HEADS_PER_KV
     token = (column // HEADS_PER_KV).to(tl.int64)
     valid = column < num_rows
@@ -145,9 +151,14 @@ def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_row
         rotated = mix_columns(load_columns(query_ptr, offset, valid, D, D), HADAMARD, float('inf'))
     else:
         rotated = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))[0]
+    power = power_below(tl.max(tl.abs(rotated), 0))
+    stored = (rotated / power[None, :]).to(tl.float16)
     dim = tl.arange(0, BLOCK_D)
-    tl.store(rotated_ptr + ((token * num_heads + head) * D)[None, :] + dim[:, None], rotated,
-             mask=valid[None, :] & (dim < D)[:, None])
+    row_ptrs = rotated_ptr + (token * num_heads + head) * (D + QUERY_TAIL)
+    tl.store(row_ptrs[None, :] + dim[:, None], stored, mask=valid[None, :] & (dim < D)[:, None])
+    tail_ptrs = (row_ptrs + D).to(tl.pointer_type(tl.float32))
+    tl.store(tail_ptrs, power, mask=valid)
+    tl.store(tail_ptrs + 1, tl.sum(stored.to(tl.float32), 0), mask=valid)
 
 
 # They differ from step to step.
@@ -201,13 +212,13 @@ def _fill_kernel(
             _fill_rows(key_ptr, k_codes_ptr, k_scales_ptr, k_static_ptr, k_matrix_ptr, head, token, num_tokens,
                        stride_key_t, stride_key_h, stride_kb, stride_kh, stride_ksb, stride_ksh, stride_k_static,
                        stride_k_matrix, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
-                       key_offset, HADAMARD, ENCODE, OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P,
+                       HADAMARD, ENCODE, OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P,
                        D, BLOCK_D, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH, CAP)
         else:
             _fill_rows(value_ptr, v_codes_ptr, v_scales_ptr, v_static_ptr, v_matrix_ptr, head, token, num_tokens,
                        stride_value_t, stride_value_h, stride_vb, stride_vh, stride_vsb, stride_vsh, stride_v_static,
                        stride_v_matrix, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
-                       value_offset, HADAMARDV, ENCODEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV,
+                       HADAMARDV, ENCODEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV,
                        PARTV, BLOCK_PV, DV, BLOCK_DV, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN,
                        UNIFORM_QUERY_LEN, BATCH, CAP)
 
@@ -236,7 +247,8 @@ class DecodeInputs:
 
     Attributes:
         counters: int32 [n], zeroed.
-        query: [tokens, heads, head_dim], and rotated: fp32 of the same shape, contiguous, written; or None both.
+        query: [tokens, heads, head_dim], and rotated: fp16 [tokens, heads, head_dim + QUERY_TAIL], contiguous, written
+            as :func:`_rotate_queries` says; or None both.
     """
     counters: torch.Tensor
     query: torch.Tensor | None = None

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .codecs import decoding
 from .launch import batch_block, check_device, compute_capability
-from .tiles import key_rows, locate_tile, tile_block, tile_offset, value_columns
+from .tiles import locate_tile, tile_block, tile_offset
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -105,42 +105,34 @@ def _flatten_kernel(
         key_new_ptrs = key_new_ptr + new_row * stride_knt + head * stride_knh
         value_new_ptrs = value_new_ptr + new_row * stride_vnt + head * stride_vnh
     row = start + position - first
-    group = tile_offset(tile, tl.arange(0, BLOCK_N // 16) * 16, PAGE, BLOCK_N)
-    cached_group = (tl.max(tl.reshape(cached.to(tl.int32), (BLOCK_N // 16, 16)), 1) > 0)[:, None]
 
-    packed = tl.arange(0, 16 * BLOCK_P)[None, :]
-    codes = tl.load(k_codes_ptr + block * stride_kb + head * stride_kh + (group * PART)[:, None] + packed,
-                    mask=cached_group & (packed < 16 * PART), other=0)
+    byte = tl.arange(0, BLOCK_P)[None, :]
+    codes = tl.load(k_codes_ptr + block * stride_kb + head * stride_kh + (offset * PART)[:, None] + byte,
+                    mask=cached[:, None] & (byte < PART), other=0)
     if PER_TOKEN:
         scale = tl.load(k_scales_ptr + block * stride_ksb + head * stride_ksh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(k_static_ptr + head * stride_k_static) + tl.zeros([BLOCK_N], tl.float32)
-    decoded = DECODE(codes, False, CAP)
-    parts = ()
-    for part in tl.static_range(PARTS):
-        parts += (key_rows(decoded[part]), )
     matrix_ptr = None
     if k_matrix_ptr is not None:
         matrix_ptr = k_matrix_ptr + head * stride_k_matrix
-    _flatten_rows(parts, scale, key_out_ptr + row * stride_kot + head * stride_koh, key_new_ptrs, matrix_ptr, cached,
-                  fresh, GAIN, OFFSET, BITS, PARTS, PART, BLOCK_P, D, BLOCK_D)
+    out_ptrs = key_out_ptr + row * stride_kot + head * stride_koh
+    _flatten_rows(DECODE(codes, False, CAP), scale, out_ptrs, key_new_ptrs, matrix_ptr, cached, fresh, GAIN, OFFSET,
+                  BITS, PARTS, PART, BLOCK_P, D, BLOCK_D)
 
-    packed = tl.arange(0, 16 * BLOCK_PV)[None, :]
-    codes = tl.load(v_codes_ptr + block * stride_vb + head * stride_vh + (group * PARTV)[:, None] + packed,
-                    mask=cached_group & (packed < 16 * PARTV), other=0)
+    byte = tl.arange(0, BLOCK_PV)[None, :]
+    codes = tl.load(v_codes_ptr + block * stride_vb + head * stride_vh + (offset * PARTV)[:, None] + byte,
+                    mask=cached[:, None] & (byte < PARTV), other=0)
     if PER_TOKENV:
         scale = tl.load(v_scales_ptr + block * stride_vsb + head * stride_vsh + offset, mask=cached, other=0.0)
     else:
         scale = tl.load(v_static_ptr + head * stride_v_static) + tl.zeros([BLOCK_N], tl.float32)
-    decoded = DECODEV(codes, True, CAP)
-    parts = ()
-    for part in tl.static_range(PARTSV):
-        parts += (tl.trans(value_columns(decoded[part])), )
     matrix_ptr = None
     if v_matrix_ptr is not None:
         matrix_ptr = v_matrix_ptr + head * stride_v_matrix
-    _flatten_rows(parts, scale, value_out_ptr + row * stride_vot + head * stride_voh, value_new_ptrs, matrix_ptr,
-                  cached, fresh, GAINV, OFFSETV, BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV)
+    out_ptrs = value_out_ptr + row * stride_vot + head * stride_voh
+    _flatten_rows(DECODEV(codes, True, CAP), scale, out_ptrs, value_new_ptrs, matrix_ptr, cached, fresh, GAINV, OFFSETV,
+                  BITSV, PARTSV, PARTV, BLOCK_PV, DV, BLOCK_DV)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 No arithmetic on values here.
 
-Pages: K and V are [block, head, token / 16, 16 x bytes of a row]. Within a group of 16 tokens, each 16 x 16 block of
-bytes stands in the order in which the lanes of a warp take it as the left operand of a tensor-core product
-(docs/formats.md): loads are wide and contiguous whatever the page size is, and no code changes lanes. Scales are
-[block, head, token]. Block and head strides are arbitrary: LMDeploy packs all tensors of a block into one pool. Offsets
-are int64.
+Pages: K and V are [block, head, token, bytes of a row], scales [block, head, token]. A page and head is one contiguous
+piece of each. Block and head strides are arbitrary: LMDeploy packs all tensors of a block into one pool. Offsets are
+int64.
 """
 from __future__ import annotations
 
@@ -24,38 +22,6 @@ FEW_TILES = tl.constexpr(4)
 
 
 @triton.jit
-def key_offset(offset, dim, PART: tl.constexpr):
-    """Where byte ``dim`` of the K row of the page's token ``offset`` lies, from the start of page and head."""
-    return ((offset // 16) * (16 * PART) + (dim // 16) * 256 + (offset % 8) * 32 + (dim // 4 % 4) * 8
-            + (offset // 8 % 2) * 4 + dim % 4)
-
-
-@triton.jit
-def value_offset(offset, dim, PART: tl.constexpr):
-    """Where byte ``dim`` of the V row of the page's token ``offset`` lies, from the start of page and head."""
-    return ((offset // 16) * (16 * PART) + (dim // 16) * 256 + (dim // 4 % 2) * 128 + (offset // 4 % 4) * 32
-            + (dim % 4) * 8 + (dim // 8 % 2) * 4 + offset % 4)
-
-
-@triton.jit
-def key_rows(groups):
-    """K's groups as they lie in memory, [n, 16 * dim], as a matrix [16 * n tokens, dim]. Moves no data by itself."""
-    N: tl.constexpr = groups.shape[0]
-    DIM: tl.constexpr = groups.shape[1] // 16
-    parts = tl.reshape(groups, (N, DIM // 16, 8, 4, 2, 4))
-    return tl.reshape(tl.permute(parts, (0, 4, 2, 1, 3, 5)), (N * 16, DIM))
-
-
-@triton.jit
-def value_columns(groups):
-    """V's groups as they lie in memory, [n, 16 * dim], as a matrix [dim, 16 * n tokens]. Moves no data by itself."""
-    N: tl.constexpr = groups.shape[0]
-    DIM: tl.constexpr = groups.shape[1] // 16
-    parts = tl.reshape(groups, (N, DIM // 16, 2, 4, 4, 2, 4))
-    return tl.reshape(tl.permute(parts, (1, 5, 2, 4, 0, 3, 6)), (DIM, N * 16))
-
-
-@triton.jit
 def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Range [first, last) of BLOCK_N-token tiles that any of a sequence's last QUERY_LEN rows sees.
 
@@ -69,25 +35,50 @@ def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N
 
 
 @triton.jit
-def first_program(tile, total, programs):
-    """The program that :func:`program_share` gives tile ``tile`` of ``total`` to."""
-    return (((tile.to(tl.int64) + 1) * programs - 1) // total).to(tl.int32)
+def first_tile(pid, total, programs):
+    """The first of ``total`` tiles that program ``pid`` of ``programs`` takes: the first ones take one more than others
+    where they cannot all take the same. Its inverse is :func:`program_of`.
+    """
+    share = total // tl.maximum(programs, 1)
+    return pid * share + tl.minimum(pid, total - programs * share)
+
+
+@triton.jit
+def program_of(tile, total, programs):
+    """The program that takes tile ``tile`` of ``total``."""
+    share = total // programs
+    larger = total - programs * share  # programs with a tile more
+    low = tile < larger * (share + 1)
+    return tl.where(low, tile, tile - larger * (share + 1)) // tl.where(low, share + 1, share) + tl.where(low, 0, larger)
+
+
+@triton.jit
+def _ratio(a, b):
+    """floor(a / b) of positive integers, a below 2^20, in a third of the time of an integer division."""
+    return ((a.to(tl.float32) + 0.5) / b.to(tl.float32)).to(tl.int32)
+
+
+@triton.jit
+def _ratio_up(a, b):
+    """ceil(a / b), like :func:`_ratio`."""
+    return _ratio(a + b - 1, b)
 
 
 @triton.jit
 def _fewer_programs(programs, longest, batch, total, target, PIECES: tl.constexpr):
     """``programs``, or fewer where shares are small, for ``batch`` sequences; see :func:`program_share`."""
-    share = tl.cdiv(total, target)
-    short = longest <= FEW_TILES * PIECES
-    if (share <= SMALL_SHARE) & ((share > 1) | (short & (longest > PIECES))):
-        pieces = tl.maximum(longest // share, 1)
-        few = (pieces > PIECES) & short
-        pieces = tl.where(few, PIECES, pieces)
-        pieces = tl.cdiv(longest, tl.cdiv(longest, pieces))  # as long as the longest of them with fewer
-        whole = tl.cdiv(share, longest)  # sequences of a program, if it has any whole
-        aligned = tl.cdiv(total * pieces, longest * whole)
-        alike = 4 * total >= 3 * batch * longest  # else what suits the longest sequence suits no other
-        programs = tl.where(few | (alike & (aligned >= programs * FEWEST)), aligned, programs)
+    if total <= SMALL_SHARE * target:
+        share = _ratio_up(total, target)
+        short = longest <= FEW_TILES * PIECES
+        if (share > 1) | (short & (longest > PIECES)):
+            pieces = tl.maximum(_ratio(longest, share), 1)
+            few = (pieces > PIECES) & short
+            pieces = tl.where(few, PIECES, pieces)
+            pieces = _ratio_up(longest, _ratio_up(longest, pieces))  # as long as the longest of them with fewer
+            whole = _ratio_up(share, longest)  # sequences of a program, if it has any whole
+            aligned = _ratio_up(total * pieces, longest * whole)
+            alike = 4 * total >= 3 * batch * longest  # else what suits the longest sequence suits no other
+            programs = tl.where(few | (alike & (aligned >= programs * FEWEST)), aligned, programs)
     return programs
 
 
@@ -101,6 +92,8 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
     shares are small: as many as leave few results of a sequence, or divide sequences of about one length evenly, or
     take them whole. docs/performance.md has the measurements behind the limits.
 
+    Lengths come in rows of 32, so that a warp has all of them and no sum needs a barrier.
+
     Args:
         pid: index of this program among ``target``.
         kv_lens_ptr: [batch] lengths.
@@ -108,25 +101,44 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
         PIECES: results of a sequence that are combined at once, nearly.
 
     Returns:
-        (seq, tile, count, total, programs): the sequence and the tile inside it to begin with, how many tiles to take
-        from there on through the following sequences (0 for programs too many), all tiles, and how many programs share
-        them.
+        (seq, skip, count, total, programs): the sequence to begin with and how many of its visible tiles others take
+        before, how many tiles to take from there on through the following sequences (0 for programs too many), all
+        tiles, and how many programs share them.
     """
-    index = tl.arange(0, BATCH)
-    lens = tl.load(kv_lens_ptr + index, mask=index < batch, other=0).to(tl.int32)
-    first, last = visible_tiles(lens, QUERY_LEN, WINDOW, BLOCK_N)
-    tiles = tl.where(index < batch, last - first, 0)
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0)
+    ROW: tl.constexpr = BATCH if BATCH <= 32 else max(32, BATCH // 8)
+    lane = tl.arange(0, ROW)
+    rows, row_totals = (), ()
+    largest = tl.zeros([ROW], tl.int32)
+    for start in tl.static_range(0, BATCH, ROW):
+        there = start + lane < batch
+        lens = tl.load(kv_lens_ptr + start + lane, mask=there, other=0).to(tl.int32)
+        first, last = visible_tiles(lens, QUERY_LEN, WINDOW, BLOCK_N)
+        tiles = tl.where(there, last - first, 0)
+        rows += (tiles, )
+        row_totals += (tl.sum(tiles, 0), )
+        largest = tl.maximum(largest, tiles)
+    total = row_totals[0]
+    for row in tl.static_range(1, BATCH // ROW):
+        total += row_totals[row]
     programs = tl.minimum(target, total)
-    if total > PIECES:  # else there is nothing to gain, and every division takes time at the start of a short launch
-        programs = _fewer_programs(programs, tl.max(tiles, 0), batch, total, target, PIECES)
-    begin = (pid.to(tl.int64) * total // tl.maximum(programs, 1)).to(tl.int32)
-    end = ((pid.to(tl.int64) + 1) * total // tl.maximum(programs, 1)).to(tl.int32)
-    seq = tl.sum((ends <= begin).to(tl.int32), 0)
-    before = tl.sum(tl.where(index < seq, tiles, 0), 0)
-    tile = begin - before + tl.sum(tl.where(index == seq, first, 0), 0)
-    return seq, tile, tl.where(pid < programs, end - begin, 0), total, programs
+    if total > PIECES:  # else there is nothing to gain
+        programs = _fewer_programs(programs, tl.max(largest, 0), batch, total, target, PIECES)
+    begin = first_tile(pid, total, programs)
+    count = tl.where(pid < programs, first_tile(pid + 1, total, programs) - begin, 0)
+    # The row of the sequence to begin with, then its place there.
+    seq, skip, tiles = begin * 0, begin, rows[0]
+    above = row_totals[0]
+    for row in tl.static_range(1, BATCH // ROW):
+        later = above <= begin
+        tiles = tl.where(later, rows[row], tiles)
+        seq = tl.where(later, row * ROW, seq)
+        skip = tl.where(later, begin - above, skip)
+        above += row_totals[row]
+    ends = tl.cumsum(tiles, 0)
+    over = ends <= skip
+    seq += tl.sum(over.to(tl.int32), 0)
+    skip -= tl.max(tl.where(over, ends, 0), 0)
+    return seq, skip, count, total, programs
 
 
 @triton.jit
@@ -161,26 +173,43 @@ def locate_tile(pid, first_ptr, last_ptr, batch, BLOCK_N: tl.constexpr, BATCH: t
 
 
 @triton.jit
+def tile_pages(table_ptr, tile, kv_len, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page ids of a tile, a tuple of scalars: one read per page, where a read per token would cost a register for each.
+
+    Args:
+        table_ptr: the sequence's row of the block table. It is not read beyond kv_len; page 0 is for what is not there.
+        tile: index of the tile in the sequence.
+        kv_len: tokens of the sequence.
+    """
+    PAGES: tl.constexpr = (BLOCK_N + PAGE - 1) // PAGE
+    pages = ()
+    for page in tl.static_range(0, PAGES):
+        token = tile * BLOCK_N + page * PAGE
+        pages += (tl.load(table_ptr + token // PAGE, mask=token < kv_len, other=0), )
+    return pages
+
+
+@triton.jit
+def block_of(pages, lane, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page ids (int64) of token offsets ``lane`` of a tile, from :func:`tile_pages`; a scalar where it has one page."""
+    if BLOCK_N <= PAGE:
+        return pages[0].to(tl.int64)
+    else:
+        block = tl.zeros_like(lane).to(tl.int64)
+        for page in tl.static_range(0, BLOCK_N // PAGE):
+            block = tl.where(lane // PAGE >= page, pages[page].to(tl.int64), block)
+        return block
+
+
+@triton.jit
 def tile_block(table_ptr, tile, kv_len, lane, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Page ids (int64) of a tile: a scalar where the tile lies in one page, else one for each token in ``lane``.
 
     Args:
-        table_ptr: the sequence's row of the block table. It is not read beyond kv_len.
-        tile: index of the tile in the sequence.
-        kv_len: tokens of the sequence.
+        table_ptr, tile, kv_len: see :func:`tile_pages`.
         lane: token offsets inside the tile.
     """
-    if BLOCK_N <= PAGE:
-        return tl.load(table_ptr + tile * BLOCK_N // PAGE, mask=tile * BLOCK_N < kv_len, other=0).to(tl.int64)
-    else:
-        # One scalar read per page: a read per token would cost an instruction and a register for each.
-        PAGES: tl.constexpr = BLOCK_N // PAGE
-        block = tl.zeros_like(lane).to(tl.int64)
-        for page in tl.static_range(0, PAGES):
-            there = (tile * PAGES + page) * PAGE < kv_len
-            other = tl.load(table_ptr + tile * PAGES + page, mask=there, other=0).to(tl.int64)
-            block = tl.where(lane // PAGE >= page, other, block)
-        return block
+    return block_of(tile_pages(table_ptr, tile, kv_len, PAGE, BLOCK_N), lane, PAGE, BLOCK_N)
 
 
 @triton.jit
