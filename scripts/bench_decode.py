@@ -38,7 +38,8 @@ from benchlib import (
 from targets import EVERY, KNOWN, PRESETS, VERDICT, Preset, verdicts
 
 import lmdeploy_kvq as kvq
-from lmdeploy_kvq.kernels.decode import DecodeConfig, Workspace, decode
+from lmdeploy_kvq.kernels.decode import decode
+from lmdeploy_kvq.kernels.workspace import DecodeConfig, Workspace
 
 SHAPES = ('32x8x128', '64x8x128', '28x4x128', '16x2x128', '9x3x64', '32x8x64', '16x4x256')
 LOADS = ('64x4096', '256x1024', '16x8192', '1x131072', '1x128', '1x4096', '8x512', '64x128', 'ragged:64')

@@ -16,8 +16,8 @@ from benchlib import graph_us, print_table, write_results
 from targets import VERDICT, verdicts
 
 import lmdeploy_kvq as kvq
-from lmdeploy_kvq.kernels.decode import Workspace
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
+from lmdeploy_kvq.kernels.workspace import Workspace
 
 COPIES = 8
 GROUP = 4

@@ -10,7 +10,7 @@ import torch
 from bench_decode import CHECKED_TOKENS, Load, Ours, make_query, measure
 from benchlib import print_table, read_us, write_results
 
-from lmdeploy_kvq.kernels.decode import DecodeConfig
+from lmdeploy_kvq.kernels.workspace import DecodeConfig
 
 PARAMETERS = ('block_n', 'occupancy', 'num_warps', 'num_stages', 'maxnreg', 'programs')
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import lmdeploy_kvq as kvq
-from lmdeploy_kvq.kernels import decode, fill, flatten, merge
+from lmdeploy_kvq.kernels import decode, fill, flatten, merge, workspace
 
 MODULES = (decode, fill, flatten, merge)
 _POINTER = {torch.uint8: '*u8', torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16',
@@ -42,7 +42,7 @@ def recorded(cap: int):
             for name in vars(module):
                 if name.startswith('_') and name.endswith('_kernel'):
                     stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
-        for module in (decode, fill):
+        for module in (workspace, fill):
             stack.enter_context(mock.patch.object(module, 'multiprocessors', lambda device: 132))
         yield launches
 
@@ -91,12 +91,12 @@ def compilations_of_a_server() -> dict[str, dict[str, int]]:
             rows = torch.zeros(batch, 8, 128, dtype=torch.bfloat16)
             lens, table = torch.ones(batch, dtype=torch.int32), torch.zeros(batch, width, dtype=torch.int32)
             with recorded(90) as launches:
-                workspace = decode.Workspace.allocate(query, cache, batch, 1)
+                room = decode.Workspace.allocate(query, cache, batch, 1)
                 fill.fill(rows, rows, cache, fill.TokenLayout(
                     q_start=lens, q_lens=lens, kv_lens=lens, block_table=table, uniform_query_len=1),
-                    workspace.inputs(query))
+                    room.inputs(query))
                 decode.decode(query, cache, table, lens, torch.empty_like(query), query_len=1, sm_scale=0.1,
-                              workspace=workspace, filled=True)
+                              workspace=room, filled=True)
             for kernel, args, kwargs in launches:
                 seen[kernel.__name__].add(repr(specialized(kernel, args, kwargs)))
         found[fmt.name] = {name: len(kinds) for name, kinds in seen.items()}

@@ -11,10 +11,11 @@ import torch
 from aot import compile_launch, recorded
 
 import lmdeploy_kvq as kvq
-from lmdeploy_kvq.kernels.decode import Workspace, decode
+from lmdeploy_kvq.kernels.decode import decode
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
 from lmdeploy_kvq.kernels.flatten import NewTokens, flatten
 from lmdeploy_kvq.kernels.merge import merge
+from lmdeploy_kvq.kernels.workspace import Workspace
 
 DTYPE = torch.bfloat16
 

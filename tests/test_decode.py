@@ -7,7 +7,8 @@ from helpers import by_name, covering, finite, frobenius, problem, python
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
-from lmdeploy_kvq.kernels.decode import DecodeConfig, decode
+from lmdeploy_kvq.kernels.decode import decode
+from lmdeploy_kvq.kernels.workspace import DecodeConfig
 
 EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
 FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
@@ -300,13 +301,27 @@ def test_bad_arguments_are_named(device):
 
 def test_a_workspace_of_another_batch_is_refused(device):
     """It has the wrong size: a kernel that wrote to it would write beyond it."""
-    from lmdeploy_kvq.kernels.decode import Workspace, decode
+    from lmdeploy_kvq.kernels.workspace import Workspace
     p = problem(kvq.FORMATS[0], [20, 9], device=device, kv_heads=2)
     query = queries(p, 1, 2)
     workspace = Workspace.allocate(query[:1], p.cache, 1, 1)
     with pytest.raises(ValueError, match='made for'):
         decode(query, p.cache, p.block_table, p.kv_lens, torch.empty_like(query), query_len=1, sm_scale=1.0,
                workspace=workspace)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('fmt', [fmt for fmt in kvq.FORMATS if fmt.key.codec.name.startswith('e')], ids=by_name)
+def test_fp8_by_integer_arithmetic(fmt, device, monkeypatch):
+    """What GPUs without fp8 instructions run, on whatever GPU this is."""
+    from lmdeploy_kvq.kernels import decode, fill, flatten
+    for module in (decode, fill, flatten):
+        monkeypatch.setattr(module, 'compute_capability', lambda device: 80)
+    p = problem(fmt, LENS, device=device)
+    check(p, 2)
+    key, value = kvq.flatten(p.cache, p.block_table, p.kv_lens, torch.float32)
+    expected = reference.flatten(p.cache, p.block_table, p.kv_lens, torch.float32)
+    assert torch.equal(key, expected[0]) and torch.equal(value, expected[1])
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused():

@@ -22,8 +22,9 @@ import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.backends.attention import page_views
 from lmdeploy_kvq.formats import find_format, format_names, page_shape
-from lmdeploy_kvq.kernels.decode import DecodeConfig, decode
+from lmdeploy_kvq.kernels.decode import decode
 from lmdeploy_kvq.kernels.fill import TokenLayout, fill
+from lmdeploy_kvq.kernels.workspace import DecodeConfig
 
 transformers = pytest.importorskip('transformers', minversion='5')
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ..formats import KVFormat, find_format
-from ..kernels.decode import MAX_GROUP, Workspace, decode
+from ..kernels.decode import MAX_GROUP, decode
 from ..kernels.fill import TokenLayout, fill
+from ..kernels.workspace import Workspace
 from ..paged import PagedCache
 from ..transforms import Transform
 from . import calibrating, observer

@@ -54,11 +54,11 @@ def load_queries(q_ptrs, row_mask, D: tl.constexpr, PART: tl.constexpr, BLOCK_P:
 
 
 @triton.jit
-def normalize_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
+def normalize_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr):
     """Queries as fp16 operands.
 
     Returns:
-        (queries, power, total): parts [SPLIT, BLOCK_P, rows], all the same, each divided by what K's codes are multiplied with by where they
+        (queries, power, total): parts [BLOCK_P, rows], each divided by what K's codes are multiplied with by where they
         stand in their byte; the powers of two (fp32 [rows]) that rows were divided by; and the sums of the rows.
     """
     largest = tl.max(tl.abs(raw[0].to(tl.float32)), 0)
@@ -70,21 +70,16 @@ def normalize_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.co
     for part in tl.static_range(PARTS):
         query = (raw[part].to(tl.float32) * ((1.0 / (1 << (BITS * part))) / power)[None, :]).to(tl.float16)
         total += tl.sum(query.to(tl.float32), 0) * (1 << (BITS * part))
-        if SPLIT > 1:
-            query = tl.broadcast_to(query[None, :, :], (SPLIT, query.shape[0], query.shape[1]))
         queries += (query, )
     return queries, power, total
 
 
 @triton.jit
-def prepared_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
-    """Queries as fp16 operands like :func:`normalize_queries`, from rows that the fill has normalized."""
+def prepared_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr):
+    """The first result of :func:`normalize_queries` from rows that the fill has normalized."""
     queries = ()
     for part in tl.static_range(PARTS):
-        query = raw[part] * (1.0 / (1 << (BITS * part)))
-        if SPLIT > 1:
-            query = tl.broadcast_to(query[None, :, :], (SPLIT, query.shape[0], query.shape[1]))
-        queries += (query, )
+        queries += (raw[part] * (1.0 / (1 << (BITS * part))), )
     return queries
 
 
@@ -96,36 +91,15 @@ def _softcap(score, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def split_zeros(N: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr):
-    """fp32 zeros [SPLIT, N, M], or [N, M] where SPLIT is 1."""
-    if SPLIT == 1:
-        return tl.zeros([N, M], tl.float32)
-    else:
-        return tl.zeros([SPLIT, N, M], tl.float32)
+def _sum_in_lanes(x, WARPS: tl.constexpr):
+    """Sum of [tokens, rows] over the tokens that a lane holds of a product's result: fp32 [WARPS * 8, rows].
 
-
-@triton.jit
-def _split_tokens(x, SPLIT: tl.constexpr):
-    """x [tokens, 1 or more] as [SPLIT, tokens / SPLIT, ...]; as it is where SPLIT is 1."""
-    if SPLIT == 1:
-        return x
-    else:
-        return tl.reshape(x, (SPLIT, x.shape[0] // SPLIT, x.shape[1]))
-
-
-@triton.jit
-def _sum_in_lanes(x, LANES: tl.constexpr, SPLIT: tl.constexpr):
-    """Sum of [tokens, rows], or [SPLIT, tokens, rows], over the tokens that a lane holds of a product's result.
-
-    Returns [LANES, rows], or [SPLIT, LANES, rows]; LANES are 8 per warp. The sum over them can wait for the end of a
-    segment.
+    The sum over lanes and warps can wait for the end of a segment.
     """
-    M: tl.constexpr = x.shape[len(x.shape) - 1]
-    if SPLIT == 1:
-        by_lane = tl.reshape(x, (x.shape[0] // (2 * LANES), LANES // 8, 2, 8, M))
-        return tl.reshape(tl.sum(tl.sum(by_lane, 2), 0), (LANES, M))
-    else:
-        return tl.sum(tl.reshape(x, (SPLIT, x.shape[1] // 8, 8, M)), 1)
+    N: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    by_lane = tl.reshape(x, (N // (16 * WARPS), WARPS, 2, 8, M))
+    return tl.reshape(tl.sum(tl.sum(by_lane, 2), 0), (WARPS * 8, M))
 
 
 @triton.jit
@@ -135,11 +109,8 @@ def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, til
            PARTSV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, DECODE: tl.constexpr,
            PAIRSV: tl.constexpr, FINITEV: tl.constexpr, OFFSET: tl.constexpr, OFFSETV: tl.constexpr,
            PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr, QMAXV: tl.constexpr, WINDOW: tl.constexpr,
-           SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SPLIT: tl.constexpr, CAP: tl.constexpr):
-    """One online-softmax step over one tile, whose tokens are split among warps or not.
-
-    Split, every warp has tokens of its own and its own maximum and sums, so that warps wait for nobody until a segment
-    ends. Scores are [split, tokens, rows], outputs [split, elements, rows].
+           SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
+    """One online-softmax step over one tile. Scores are [tokens, rows], outputs [pairs of elements, rows].
 
     K and V are left operands, so that a product's narrow side (8 columns suffice) holds the query rows, of which there
     are few, and codes become fp16 in the lanes that multiply them.
@@ -148,17 +119,15 @@ def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, til
     copy of this body costs more (registers, hence programs per multiprocessor) than the masks do.
 
     Args:
-        queries: parts of the rows [split, elements, rows]; row_scale: what scores are multiplied with; correction:
-            [rows] what the product of K's codes has too much by their offset, negated.
-        m: [split, rows] largest scores; l: [split, lanes, rows] sums of probabilities; weight: like l, sums of
+        queries: parts of the rows; row_scale: what scores are multiplied with; correction: [rows] what the product of
+            K's codes has too much by their offset, negated.
+        m: [rows] largest scores; l: [WARPS * 8, rows] sums of probabilities, by lanes; weight: like l, sums of
             probabilities times V's scale, where V's codes have an offset; accs: of each part of the output, the even
             elements and the odd ones.
-        v_ptr: uint16, strides of V in those.
         oldest: position of the oldest token that a row sees through the window.
         pages: of the tile, from :func:`~lmdeploy_kvq.kernels.tiles.tile_pages`.
+        v_ptr: uint16, and strides of V in those.
     """
-    LANES: tl.constexpr = l.shape[len(l.shape) - 2]
-    ROWS: tl.constexpr = m.shape[len(m.shape) - 1]
     lane = tl.arange(0, BLOCK_N)
     position = tile * BLOCK_N + lane
     block = block_of(pages, lane, PAGE, BLOCK_N)
@@ -166,15 +135,10 @@ def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, til
     byte = tl.arange(0, BLOCK_P)[None, :]
     k_ptrs = k_ptr + (block * stride_kb + offset * PART)[:, None] + byte
     k_codes = tl.load(k_ptrs) if BLOCK_P == PART else tl.load(k_ptrs, mask=byte < PART, other=0)
-    # V is read with tokens along the last axis and for every warp by itself: the compiler copies it asynchronously, and
-    # transposes it on its way from shared memory, only if no reshape lies between the read and the product.
-    if SPLIT == 1:
-        token, pair = lane[None, :], tl.arange(0, PAIRS)[:, None]
-    else:
-        token = (tl.arange(0, SPLIT) * (BLOCK_N // SPLIT))[:, None, None] + tl.arange(0, BLOCK_N // SPLIT)[None, None, :]
-        pair = tl.arange(0, PAIRS)[None, :, None]
-    v_ptrs = v_ptr + (block_of(pages, token, PAGE, BLOCK_N) * stride_vb
-                      + tile_offset(tile, token, PAGE, BLOCK_N) * (PARTV // 2)) + pair
+    # V is read with tokens along the last axis: only so does the compiler copy it asynchronously, and transpose it on
+    # its way from shared memory.
+    pair = tl.arange(0, PAIRS)[:, None]
+    v_ptrs = v_ptr + (block * stride_vb + offset * (PARTV // 2))[None, :] + pair
     v_codes = tl.load(v_ptrs) if 2 * PAIRS == PARTV else tl.load(v_ptrs, mask=pair < PARTV // 2, other=0)
 
     live = position < kv_len  # slots that no row sees may hold any bytes, scales that are NaN included
@@ -186,88 +150,49 @@ def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, til
         # scale x qmax is the row's absmax, of order one where scale alone could leave fp16's normal range.
         v_scale = tl.load(vs_ptr + block * stride_vsb + offset, mask=live, other=0.0) * QMAXV
 
-    score = split_zeros(BLOCK_N // SPLIT, ROWS, SPLIT)
+    score = tl.zeros([BLOCK_N, m.shape[0]], tl.float32)
     if OFFSET > 0.0:
         score += correction[None, :]
     k = DECODE(k_codes, False, CAP)
     for part in tl.static_range(PARTS):
-        score = tl.dot(_split_tokens(k[part], SPLIT), queries[part], score)
-    position = _split_tokens(position[:, None], SPLIT)
+        score = tl.dot(k[part], queries[part], score)
     score = score * row_scale[None, :]
     if PER_TOKEN:
-        score = score * _split_tokens(k_scale[:, None], SPLIT)
+        score = score * k_scale[:, None]
     if SOFTCAP > 0.0:
         score = _softcap(score, SOFTCAP)
     if ALIBI:
-        score += slope[None, :] * (position - q_pos[None, :]).to(tl.float32)
-    seen = position <= q_pos[None, :]
+        score += slope[None, :] * (position[:, None] - q_pos[None, :]).to(tl.float32)
+    seen = position[:, None] <= q_pos[None, :]
     if WINDOW >= 0:
-        seen = seen & (position >= q_pos[None, :] - WINDOW)
+        seen = seen & (position[:, None] >= q_pos[None, :] - WINDOW)
     score = tl.where(seen, score, float('-inf'))
-    m_new = tl.maximum(m, tl.max(score, len(score.shape) - 2))
+    m_new = tl.maximum(m, tl.max(score, 0))
     shift = tl.where(m_new == float('-inf'), 0.0, m_new)  # a row that has seen nothing yet: -inf - -inf is NaN
-    p = tl.exp2(score - tl.expand_dims(shift, -2))
-    alpha = tl.expand_dims(tl.exp2(m - shift), -2)
-    l_new = l * alpha + _sum_in_lanes(p, LANES, SPLIT)
+    p = tl.exp2(score - shift[None, :])
+    alpha = tl.exp2(m - shift)
+    l_new = l * alpha[None, :] + _sum_in_lanes(p, WARPS)
     if PER_TOKENV:
-        p = p * _split_tokens(v_scale[:, None], SPLIT)
+        p = p * v_scale[:, None]
     p = p.to(tl.float16)
     weight_new = weight
     if OFFSETV != 0.0:
-        weight_new = weight * alpha + _sum_in_lanes(p.to(tl.float32), LANES, SPLIT)
+        weight_new = weight * alpha[None, :] + _sum_in_lanes(p.to(tl.float32), WARPS)
     v = PAIRSV(v_codes, CAP)
     new_accs = ()
     for part in tl.static_range(2 * PARTSV):
         # A NaN or inf code in a slot that no row sees would survive its probability of zero.
-        new_accs += (tl.dot(FINITEV(v[part], CAP), p, accs[part] * alpha), )
+        new_accs += (tl.dot(FINITEV(v[part], CAP), p, accs[part] * alpha[None, :]), )
     return m_new, l_new, weight_new, new_accs
 
 
 @triton.jit
-def _add_4(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
-def _add_6(a, b, c, d, e, f, g, h, i, j, k, l):
-    return a + g, b + h, c + i, d + j, e + k, f + l
-
-
-@triton.jit
-def _add_10(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t):
-    return a + k, b + l, c + m, d + n, e + o, f + p, g + q, h + r, i + s, j + t
-
-
-@triton.jit
-def join_split(m, l, weight, accs, PARTSV: tl.constexpr, BLOCK_PV: tl.constexpr, SPLIT: tl.constexpr):
-    """What the warps of a split have, together: m, l and weight [rows], and parts [BLOCK_PV, rows] of the output.
-
-    Every reduction over warps has its barriers, so that there are two: the maxima, and one of all sums.
-    """
-    axis: tl.constexpr = len(l.shape) - 2
-    l, weight = tl.sum(l, axis), tl.sum(weight, axis)
-    if SPLIT > 1:
-        largest = tl.max(m, 0)
-        factor = tl.exp2(m - tl.where(largest == float('-inf'), 0.0, largest)[None, :])
-        m = largest
-        factor = factor[:, None, :]
-        scaled = ()
-        for part in tl.static_range(2 * PARTSV):
-            scaled += (accs[part] * factor, )
-        scaled += (tl.broadcast_to(l[:, None, :] * factor, accs[0].shape), )
-        scaled += (tl.broadcast_to(weight[:, None, :] * factor, accs[0].shape), )
-        if PARTSV == 1:
-            accs = tl.reduce(scaled, 0, _add_4)
-        elif PARTSV == 2:
-            accs = tl.reduce(scaled, 0, _add_6)
-        else:
-            tl.static_assert(PARTSV == 4)
-            accs = tl.reduce(scaled, 0, _add_10)
-        l, weight = tl.max(accs[2 * PARTSV], 0), tl.max(accs[2 * PARTSV + 1], 0)
+def interleave(accs, PARTSV: tl.constexpr, BLOCK_PV: tl.constexpr):
+    """Even and odd elements of every part as the parts [BLOCK_PV, rows]. Moves no data between lanes."""
     parts = ()
     for part in tl.static_range(PARTSV):
         both = tl.permute(tl.join(accs[2 * part], accs[2 * part + 1]), (0, 2, 1))
         if 2 * both.shape[0] > BLOCK_PV:  # a product has more rows than there are pairs
             both, _ = tl.split(tl.permute(tl.reshape(both, (2, BLOCK_PV, both.shape[2])), (1, 2, 0)))
-        parts += (tl.reshape(both, (BLOCK_PV, m.shape[0])), )
-    return m, l, weight, parts
+        parts += (tl.reshape(both, (BLOCK_PV, accs[0].shape[1])), )
+    return parts

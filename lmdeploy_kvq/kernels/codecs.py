@@ -11,11 +11,11 @@ times larger, for it stays where it stands in its byte: an fp16 whose bits are j
 With CENTERED, 2^(bits - 1) is subtracted from integers, which leaves an offset of 0 or -1/2: sums over many tokens
 would drown in an offset.
 
-``pairs_*`` does the same for two neighbouring bytes of a row at once, a uint16, and is always centered. It returns twice
-as many tensors, those of the first byte and of the second in turn. Tensor cores take two tokens of one element in a
-register. V's rows have the elements of one token side by side, so that what a transposed read from shared memory gives
-is two elements of each of two tokens, from which two such registers are made with as many instructions as from four
-tokens of one element.
+``pairs_*`` does the same for two neighbouring bytes of a row at once, a uint16, and is always centered. It returns
+twice as many tensors, those of the first byte and of the second in turn. Tensor cores take two tokens of one element in
+a register; V's rows have the elements of a token side by side, and what a transposed read from shared memory gives is
+two elements of each of two tokens. Two registers are made of it with hardly more instructions than of four tokens of
+one element.
 """
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ fits.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,26 +14,18 @@ import triton.language as tl
 from .attend import (
     LOG2E,
     attend,
-    join_split,
+    interleave,
     load_queries,
     normalize_queries,
     prefetch_tile,
     prepared_queries,
-    split_zeros,
 )
 from .codecs import decoding
 from .combine import FAN, STATISTICS, combine_partials, finish, repeat_columns, store_partial
-from .fill import QUERY_TAIL, DecodeInputs, TokenLayout, fill
-from .launch import (
-    batch_block,
-    check_device,
-    compute_capability,
-    dependent_launch,
-    multiprocessors,
-    shared_memory,
-)
+from .launch import batch_block, check_device, compute_capability, dependent_launch
 from .rotation import join_parts, operand
 from .tiles import first_tile, program_of, program_share, tile_pages, visible_tiles
+from .workspace import DecodeConfig, Workspace
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
@@ -111,7 +102,7 @@ def _decode_kernel(
         BITS: tl.constexpr, BITSV: tl.constexpr, GAIN: tl.constexpr, GAINV: tl.constexpr, OFFSET: tl.constexpr,
         OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr,
         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
-        PREPARED: tl.constexpr, HADAMARDV: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr,
+        PREPARED: tl.constexpr, HADAMARDV: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
         AT_ONCE: tl.constexpr, PIECES: tl.constexpr, CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
 
@@ -181,18 +172,18 @@ def _decode_kernel(
             tail_ptrs = (q_ptrs + D).to(tl.pointer_type(tl.float32))
             power = tl.load(tail_ptrs, mask=row_mask, other=1.0)
             query_sum = tl.load(tail_ptrs + 1, mask=row_mask, other=0.0)
-            queries = prepared_queries(raw, BITS, PARTS, SPLIT)
+            queries = prepared_queries(raw, BITS, PARTS)
         else:
-            queries, power, query_sum = normalize_queries(raw, BITS, PARTS, SPLIT)
+            queries, power, query_sum = normalize_queries(raw, BITS, PARTS)
         row_scale = power * score_scale
         correction = query_sum * (-OFFSET / GAIN)
         q_pos = kv_len - QUERY_LEN + row // GROUP
-        ms = tl.max(split_zeros(1, BLOCK_M, SPLIT), -2) + float('-inf')
-        ls = split_zeros(WARPS * 8 // SPLIT, BLOCK_M, SPLIT)
-        weights = split_zeros(WARPS * 8 // SPLIT, BLOCK_M, SPLIT)
+        m = tl.full([BLOCK_M], float('-inf'), tl.float32)
+        l = tl.zeros([WARPS * 8, BLOCK_M], tl.float32)
+        weight = tl.zeros([WARPS * 8, BLOCK_M], tl.float32)
         accs = ()
         for _ in tl.static_range(2 * PARTSV):
-            accs += (split_zeros(PAIRS, BLOCK_M, SPLIT), )
+            accs += (tl.zeros([PAIRS, BLOCK_M], tl.float32), )
         if PDL and WAIT == WAIT_PAGES:
             tl.extra.cuda.gdc_wait()
         oldest = kv_len - QUERY_LEN - WINDOW
@@ -201,14 +192,15 @@ def _decode_kernel(
         pages = tile_pages(row_table_ptr, tile, kv_len, PAGE, BLOCK_N)
         for step in range(tile, stop):
             following = tile_pages(row_table_ptr, step + 1, kv_len, PAGE, BLOCK_N)
-            ms, ls, weights, accs = attend(
-                queries, row_scale, correction, q_pos, slope, ms, ls, weights, accs, step, oldest, kv_len, pages, k_ptr,
+            m, l, weight, accs = attend(
+                queries, row_scale, correction, q_pos, slope, m, l, weight, accs, step, oldest, kv_len, pages, k_ptr,
                 v_pairs_ptr, ks_ptr, vs_ptr, stride_kb, stride_vb // 2, stride_ksb, stride_vsb, PART, PARTV, BLOCK_P,
-                PAIRS, PARTS, PARTSV, PAGE, BLOCK_N, DECODE, PAIRSV, FINITEV, OFFSET, OFFSETV, PER_TOKEN, PER_TOKENV, QMAXV,
-                WINDOW, SOFTCAP, ALIBI, SPLIT, CAP)
+                PAIRS, PARTS, PARTSV, PAGE, BLOCK_N, DECODE, PAIRSV, FINITEV, OFFSET, OFFSETV, PER_TOKEN, PER_TOKENV,
+                QMAXV, WINDOW, SOFTCAP, ALIBI, WARPS, CAP)
             pages = following
-        m, total_l, weight, parts = join_split(ms, ls, weights, accs, PARTSV, BLOCK_PV, SPLIT)
-        too_much = weight * OFFSETV
+        total_l = tl.sum(l, 0)
+        too_much = tl.sum(weight, 0) * OFFSETV
+        parts = interleave(accs, PARTSV, BLOCK_PV)
         values = ()
         for part in tl.static_range(PARTSV):
             values += (parts[part] * (GAINV / (1 << (BITSV * part))) - too_much[None, :], )
@@ -237,112 +229,6 @@ def _decode_kernel(
         remaining -= stop - tile
         seq += 1
         skip = first * 0
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Launch parameters of the decode kernel; they change speed, never results beyond rounding.
-
-    Attributes:
-        block_n: tokens per step.
-        occupancy: programs that a multiprocessor is given, i.e. holds at once with these registers and this shared
-            memory (tests/test_aot.py checks it): all run at once, each with an equal share of the work.
-        maxnreg: register limit per thread, None for the compiler's choice.
-        programs: programs per KV head; None for as many as run at once.
-    """
-    block_n: int
-    occupancy: int
-    num_warps: int = 4
-    num_stages: int = 2
-    maxnreg: int | None = None
-    programs: int | None = None
-    split: bool = False
-    combine_regs: int = 64
-
-    @property
-    def warps(self) -> int:
-        """Warps that have tokens of a tile, 16 or more each."""
-        return min(self.num_warps, self.block_n // 16)
-
-
-def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
-    """Launch parameters for a cache, its GPU, and a number of query rows per program."""
-    sizes = cache.sizes()
-    block_n = 128 if max(cache.head_dim, cache.v_head_dim) <= 128 and block_m <= 16 else 64
-    if block_m > 8:
-        occupancy, num_warps, maxnreg = 4, 2, None
-    else:
-        # Each warp has 16 elements of a part of the output or more: more warps would do the same work twice. With fewer
-        # registers, what combines results spills; with more, fewer warps would run at once.
-        num_warps = 2 if sizes['BLOCK_PV'] < 64 or sizes['BLOCK_DV'] <= 64 else 4
-        occupancy, maxnreg = 12 // num_warps, 168
-    # Beside a tile of K and V, what crosses warps, and 1 KiB for the driver: GPUs without 228 KiB hold fewer programs.
-    need = block_n * (sizes['BLOCK_P'] + sizes['BLOCK_PV']) + 512 * block_m + (
-        2048 if sizes['PARTS'] == sizes['PARTSV'] == 1 else 3072)
-    occupancy = max(1, min(occupancy, shared_memory(cache.k_codes.device) // need))
-    return DecodeConfig(block_n, occupancy=occupancy, num_warps=num_warps, maxnreg=maxnreg)
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What a decode launch needs, sized by lengths of the batch that the host knows, from one allocation.
-
-    Attributes:
-        made_for: sequences, query tokens and query heads that its sizes fit.
-        config, target, block_m: launch parameters, programs per KV head and tile of rows, and rows of a tile.
-        partial: fp32 [(target + batch) * kv_heads * rows + block_m, PARTIAL]; combining reads past the last row.
-        counters: int32, zero before the kernel begins and after it has ended.
-        rotated: the query as the fill leaves it for formats that rotate K, or None.
-    """
-    made_for: tuple[int, int, int]
-    config: DecodeConfig
-    target: int
-    block_m: int
-    partial: torch.Tensor
-    counters: torch.Tensor
-    rotated: torch.Tensor | None
-
-    @classmethod
-    def allocate(cls, query: torch.Tensor, cache: PagedCache, batch: int, query_len: int,
-                 config: DecodeConfig | None = None) -> Workspace:
-        """From PyTorch's caching allocator; reads no lengths, so that a launch can be captured in a CUDA graph."""
-        kv_heads = cache.num_kv_heads
-        rows = query.size(1) // kv_heads * query_len
-        block_m = min(max(8, triton.next_power_of_2(rows)), 32)
-        config = config or default_config(cache, block_m)
-        grid_heads = kv_heads * triton.cdiv(rows, block_m)
-        target = config.programs or max(1, config.occupancy * multiprocessors(query.device) // grid_heads)
-        sizes = cache.sizes()
-        levels = 1 + (target > FAN.value) + (target > FAN.value**2)
-        row = query.size(2) + QUERY_TAIL.value
-        parts = [query.size(0) * query.size(1) * row // 2 if cache.k_transform is not None else 0,
-                 ((target + batch) * kv_heads * rows + block_m) * (sizes['PARTSV'] * sizes['PARTV'] + STATISTICS.value),
-                 levels * (target + batch) * grid_heads]
-        memory = torch.empty(sum(parts), dtype=torch.float32, device=query.device)
-        rotated, partial, counters = memory.split(parts)
-        return cls((batch, *query.shape[:2]), config, target, block_m, partial, counters.view(torch.int32),
-                   rotated.view(torch.float16).view(*query.shape[:2], row) if cache.k_transform is not None else None)
-
-    def prepare(self, query: torch.Tensor, cache: PagedCache) -> Workspace:
-        """Do what :func:`~lmdeploy_kvq.kernels.fill.fill` does, where nothing is to be filled."""
-        fill(None, None, cache, TokenLayout(), self.inputs(query))
-        return self
-
-    def combining(self, cache: PagedCache, rows: int) -> dict[str, int]:
-        """Columns of results that a program combines, and results at a time: as many as 64 registers per lane hold.
-
-        With eight columns 32: more would make the whole kernel keep to its limit, and the loop over pages pay for it.
-        PIECES: results that short sequences leave at most, two reads' worth.
-        """
-        sizes = cache.sizes()
-        columns = min(self.block_m, triton.next_power_of_2(rows))
-        elements = columns * sizes['BLOCK_PV'] * sizes['PARTSV']
-        at_once = max(1, min(FAN.value, self.config.combine_regs * 32 * self.config.num_warps // elements))
-        return {'COLUMNS': columns, 'AT_ONCE': at_once, 'PIECES': min(FAN.value, 2 * at_once)}
-
-    def inputs(self, query: torch.Tensor) -> DecodeInputs:
-        """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
-        return DecodeInputs(self.counters, None if self.rotated is None else query, self.rotated)
 
 
 def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
@@ -385,7 +271,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         BATCH=batch_block(batch), **decoding(fmt, cap, pairs=True), QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
         ALIBI=alibi_slopes is not None, WAIT=wait.value, PREPARED=workspace.rotated is not None,
-        WARPS=config.warps, SPLIT=config.warps if config.split else 1,
+        WARPS=config.warps,
         HADAMARDV=v_factor, **workspace.combining(cache, rows), CAP=cap, num_warps=config.num_warps,
         num_stages=config.num_stages, **dependent_launch(cap),
         **({'maxnreg': config.maxnreg} if cap and config.maxnreg else {}))

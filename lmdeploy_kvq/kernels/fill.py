@@ -108,7 +108,7 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
     else:
         step = tl.load(static_ptr + head * stride_static) + tl.zeros_like(offset).to(tl.float32)
     inverse = 1.0 / step
-    packed = tl.zeros_like(parts[0]).to(tl.int32)
+    packed = tl.zeros_like(parts[0]).to(tl.int32)  # type: ignore[misc]
     if RULE != 0:
         xc, cc, xx = parts[0] * 0.0, parts[0] * 0.0, parts[0] * 0.0  # type: ignore[misc]
     for part in tl.static_range(PARTS):

@@ -36,8 +36,9 @@ def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N
 
 @triton.jit
 def first_tile(pid, total, programs):
-    """The first of ``total`` tiles that program ``pid`` of ``programs`` takes: the first ones take one more than others
-    where they cannot all take the same. Its inverse is :func:`program_of`.
+    """The first of ``total`` tiles that program ``pid`` of ``programs`` takes; the inverse of :func:`program_of`.
+
+    The first programs take one tile more than others where they cannot all take as many.
     """
     share = total // tl.maximum(programs, 1)
     return pid * share + tl.minimum(pid, total - programs * share)
@@ -49,7 +50,8 @@ def program_of(tile, total, programs):
     share = total // programs
     larger = total - programs * share  # programs with a tile more
     low = tile < larger * (share + 1)
-    return tl.where(low, tile, tile - larger * (share + 1)) // tl.where(low, share + 1, share) + tl.where(low, 0, larger)
+    behind = tl.where(low, tile, tile - larger * (share + 1))
+    return tl.where(low, 0, larger) + behind // tl.where(low, share + 1, share)
 
 
 @triton.jit
@@ -117,7 +119,7 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
         rows += (tiles, )
         row_totals += (tl.sum(tiles, 0), )
         largest = tl.maximum(largest, tiles)
-    total = row_totals[0]
+    total = row_totals[0]  # type: ignore[misc]
     for row in tl.static_range(1, BATCH // ROW):
         total += row_totals[row]
     programs = tl.minimum(target, total)
@@ -126,8 +128,8 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
     begin = first_tile(pid, total, programs)
     count = tl.where(pid < programs, first_tile(pid + 1, total, programs) - begin, 0)
     # The row of the sequence to begin with, then its place there.
-    seq, skip, tiles = begin * 0, begin, rows[0]
-    above = row_totals[0]
+    seq, skip, tiles = begin * 0, begin, rows[0]  # type: ignore[misc]
+    above = row_totals[0]  # type: ignore[misc]
     for row in tl.static_range(1, BATCH // ROW):
         later = above <= begin
         tiles = tl.where(later, rows[row], tiles)

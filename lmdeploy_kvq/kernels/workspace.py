@@ -1,0 +1,124 @@
+"""How decode is launched, and the memory that a launch needs."""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from .combine import FAN, STATISTICS
+from .fill import QUERY_TAIL, DecodeInputs, TokenLayout, fill
+from .launch import multiprocessors, shared_memory
+
+if TYPE_CHECKING:
+    from ..paged import PagedCache
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch parameters of the decode kernel; they change speed, never results beyond rounding.
+
+    Attributes:
+        block_n: tokens per step.
+        occupancy: programs that a multiprocessor is given, i.e. holds at once with these registers and this shared
+            memory (tests/test_aot.py checks it): all run at once, each with an equal share of the work.
+        maxnreg: register limit per thread, None for the compiler's choice.
+        programs: programs per KV head; None for as many as run at once.
+    """
+    block_n: int
+    occupancy: int
+    num_warps: int = 4
+    num_stages: int = 2
+    maxnreg: int | None = None
+    programs: int | None = None
+
+    @property
+    def warps(self) -> int:
+        """Warps that have tokens of a tile, 16 or more each."""
+        return min(self.num_warps, self.block_n // 16)
+
+
+def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
+    """Launch parameters for a cache, its GPU, and a number of query rows per program.
+
+    From sweeps on an H200 (scripts/tune_decode.py, docs/performance.md): about 13 MB of tiles on their way to all of
+    its multiprocessors, not more. With fewer registers than 168, what combines results spills.
+    """
+    sizes = cache.sizes()
+    row = sizes['BLOCK_P'] + sizes['BLOCK_PV']  # bytes of a token
+    if block_m > 8:
+        config = DecodeConfig(128 if row <= 256 and block_m <= 16 else 64, occupancy=4, num_warps=2)
+    elif row > 256:
+        config = DecodeConfig(64, occupancy=3, maxnreg=168)
+    elif row > 128:
+        config = DecodeConfig(64, occupancy=3, num_stages=3, maxnreg=168)
+    else:
+        config = DecodeConfig(64, occupancy=6, num_warps=2, maxnreg=168)
+    # Beside tiles of K and V, what crosses warps, and 1 KiB for the driver: GPUs without 228 KiB hold fewer programs.
+    need = (config.num_stages - 1) * config.block_n * (row + 8) + 512 * block_m + (
+        2048 if sizes['PARTS'] == sizes['PARTSV'] == 1 else 3072)
+    occupancy = max(1, min(config.occupancy, shared_memory(cache.k_codes.device) // need))
+    return dataclasses.replace(config, occupancy=occupancy)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a decode launch needs, sized by lengths of the batch that the host knows, from one allocation.
+
+    Attributes:
+        made_for: sequences, query tokens and query heads that its sizes fit.
+        config, target, block_m: launch parameters, programs per KV head and tile of rows, and rows of a tile.
+        partial: fp32 [(target + batch) * kv_heads * rows + block_m, PARTIAL]; combining reads past the last row.
+        counters: int32, zero before the kernel begins and after it has ended.
+        rotated: the query as the fill leaves it for formats that rotate K, or None.
+    """
+    made_for: tuple[int, int, int]
+    config: DecodeConfig
+    target: int
+    block_m: int
+    partial: torch.Tensor
+    counters: torch.Tensor
+    rotated: torch.Tensor | None
+
+    @classmethod
+    def allocate(cls, query: torch.Tensor, cache: PagedCache, batch: int, query_len: int,
+                 config: DecodeConfig | None = None) -> Workspace:
+        """From PyTorch's caching allocator; reads no lengths, so that a launch can be captured in a CUDA graph."""
+        kv_heads = cache.num_kv_heads
+        rows = query.size(1) // kv_heads * query_len
+        block_m = min(max(8, triton.next_power_of_2(rows)), 32)
+        config = config or default_config(cache, block_m)
+        grid_heads = kv_heads * triton.cdiv(rows, block_m)
+        target = config.programs or max(1, config.occupancy * multiprocessors(query.device) // grid_heads)
+        sizes = cache.sizes()
+        levels = 1 + (target > FAN.value) + (target > FAN.value**2)
+        row = query.size(2) + QUERY_TAIL.value
+        parts = [query.size(0) * query.size(1) * row // 2 if cache.k_transform is not None else 0,
+                 ((target + batch) * kv_heads * rows + block_m) * (sizes['PARTSV'] * sizes['PARTV'] + STATISTICS.value),
+                 levels * (target + batch) * grid_heads]
+        memory = torch.empty(sum(parts), dtype=torch.float32, device=query.device)
+        rotated, partial, counters = memory.split(parts)
+        return cls((batch, *query.shape[:2]), config, target, block_m, partial, counters.view(torch.int32),
+                   rotated.view(torch.float16).view(*query.shape[:2], row) if cache.k_transform is not None else None)
+
+    def prepare(self, query: torch.Tensor, cache: PagedCache) -> Workspace:
+        """Do what :func:`~lmdeploy_kvq.kernels.fill.fill` does, where nothing is to be filled."""
+        fill(None, None, cache, TokenLayout(), self.inputs(query))
+        return self
+
+    def combining(self, cache: PagedCache, rows: int) -> dict[str, int]:
+        """Columns of results that a program combines, and results at a time: as many as 64 registers per lane hold.
+
+        PIECES: results that short sequences leave at most, two reads' worth.
+        """
+        sizes = cache.sizes()
+        columns = min(self.block_m, triton.next_power_of_2(rows))
+        elements = columns * sizes['BLOCK_PV'] * sizes['PARTSV']
+        at_once = max(1, min(FAN.value, 64 * 32 * self.config.num_warps // elements))
+        return {'COLUMNS': columns, 'AT_ONCE': at_once, 'PIECES': min(FAN.value, 2 * at_once)}
+
+    def inputs(self, query: torch.Tensor) -> DecodeInputs:
+        """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
+        return DecodeInputs(self.counters, None if self.rotated is None else query, self.rotated)
