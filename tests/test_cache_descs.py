@@ -49,7 +49,7 @@ def cache_config(policy: int, block_size: int = 64, kernel_block_size: int = -1,
 @EACH_SHAPE
 @FORMATS
 def test_descriptors(fmt, kv_heads, head_dim, v_head_dim, block_size, kernel_block_size, world_size):
-    """Groups of 16 tokens, scales beside them, in kernel blocks and per rank."""
+    """Rows of tokens, scales beside them, in kernel blocks and per rank."""
     config = model_config(kv_heads, head_dim, v_head_dim)
     cache = cache_config(fmt.policy, block_size, kernel_block_size)
     k = schema.build_k_cache_desc(config, cache, world_size)
@@ -57,8 +57,8 @@ def test_descriptors(fmt, kv_heads, head_dim, v_head_dim, block_size, kernel_blo
     scales = schema.build_quant_cache_descs(k, v, config, cache)
     heads, v_dim = kv_heads // world_size, v_head_dim or head_dim
     for desc, encoding, dim in ((k, fmt.key, head_dim), (v, fmt.value, v_dim)):
-        row = -(-dim * encoding.codec.bits // 8 // 16) * 16  # bytes, in whole groups
-        assert (desc.dtype, list(desc.shape)) == (torch.uint8, [heads, kernel_block_size // 16, 16 * row])
+        row = -(-dim * encoding.codec.bits // 8 // 16) * 16  # bytes
+        assert (desc.dtype, list(desc.shape)) == (torch.uint8, [heads, kernel_block_size, row])
     assert len(scales) == (2 if fmt.per_token_head else 0)  # what models unpack
     for encoding, desc in zip((fmt.key, fmt.value), scales, strict=False):
         assert desc.dtype == torch.float32

@@ -71,7 +71,7 @@ def _kv_heads(model_config: Any, world_size: int) -> int:
 
 
 def build_k_cache_desc(original: Callable[..., Any], model_config: Any, cache_config: Any, world_size: int = 1) -> Any:
-    """K pages: uint8 [kv_heads, block / 16, 16 * bytes of a row]."""
+    """K pages: uint8 [kv_heads, block, bytes of a row]."""
     fmt = find_format(cache_config.quant_policy)
     if fmt is None:
         return original(model_config, cache_config, world_size)
@@ -82,7 +82,7 @@ def build_k_cache_desc(original: Callable[..., Any], model_config: Any, cache_co
 
 
 def build_v_cache_desc(original: Callable[..., Any], model_config: Any, cache_config: Any, world_size: int = 1) -> Any:
-    """V pages: uint8 [kv_heads, block / 16, 16 * bytes of a row]."""
+    """V pages: uint8 [kv_heads, block, bytes of a row]."""
     fmt = find_format(cache_config.quant_policy)
     if fmt is None:
         return original(model_config, cache_config, world_size)
