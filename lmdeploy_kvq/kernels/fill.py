@@ -316,8 +316,8 @@ def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, b
     if tokens > 512:
         return 32, 4
     tile = max(1, 128 // min(cache.head_dim, cache.v_head_dim)) if butterflies else 1  # products have eight columns
-    programs, elements = (12 * sms, 512) if butterflies else (6 * sms, 256)
-    while rows > programs * tile and 2 * tile * dim <= elements:
+    programs = (6 if butterflies else 2) * sms
+    while rows > programs * tile and tile < 8 and 2 * tile * dim <= 1024:
         tile *= 2
     return tile, 1
 

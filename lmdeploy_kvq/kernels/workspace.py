@@ -50,12 +50,14 @@ def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
     row = sizes['BLOCK_P'] + sizes['BLOCK_PV']  # bytes of a token
     if block_m > 8:
         config = DecodeConfig(128 if row <= 256 and block_m <= 16 else 64, occupancy=4, num_warps=2)
-    elif row > 256:
-        config = DecodeConfig(64, occupancy=3, maxnreg=168)
-    elif row > 128:
+    elif row <= 128:
+        config = DecodeConfig(64, occupancy=12, num_warps=1, maxnreg=168)
+    elif sizes['PARTS'] * sizes['PARTSV'] > 1:
+        config = DecodeConfig(64, occupancy=6, num_warps=2, maxnreg=168)
+    elif row <= 256:
         config = DecodeConfig(64, occupancy=3, num_stages=3, maxnreg=168)
     else:
-        config = DecodeConfig(64, occupancy=6, num_warps=2, maxnreg=168)
+        config = DecodeConfig(64, occupancy=3, maxnreg=168)
     # Beside tiles of K and V, what crosses warps, and 1 KiB for the driver: GPUs without 228 KiB hold fewer programs.
     need = (config.num_stages - 1) * config.block_n * (row + 8) + 512 * block_m + (
         2048 if sizes['PARTS'] == sizes['PARTSV'] == 1 else 3072)
