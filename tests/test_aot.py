@@ -79,9 +79,9 @@ def test_a_multiprocessor_holds_as_many_decode_programs_as_it_is_given(compiled,
         block_size, dims = CASES[case]
         cache = kvq.PagedCache.allocate(fmt, 1, block_size, 8, *dims, device='cpu')
         monkeypatch.setattr(workspace, 'shared_memory', lambda device: 1 << 30)
-        wanted = default_config(cache, result['block_m']).occupancy
+        wanted = default_config(cache, result['block_m'], batch=4).occupancy
         monkeypatch.setattr(workspace, 'shared_memory', lambda device: SHARED_LIMIT[capability] + 1024)
-        config = default_config(cache, result['block_m'])
+        config = default_config(cache, result['block_m'], batch=4)
         fit = (SHARED_LIMIT[capability] + 1024) // (result['shared'] + 1024)
         assert config.occupancy == min(fit, wanted)
         assert config.occupancy * 32 * result['num_warps'] * (result['maxnreg'] or 255) <= 65536

@@ -317,8 +317,8 @@ def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, b
         return 32, 4
     tile = max(1, 128 // min(cache.head_dim, cache.v_head_dim)) if butterflies else 1  # products have eight columns
     programs = (6 if butterflies else 2) * sms
-    while rows > programs * tile and tile < 8 and 2 * tile * dim <= 1024:
-        tile *= 2
+    while rows > programs * tile and tile < 8 and min(4 * tile, 8) * dim <= 1024:
+        tile = min(4 * tile, 8)  # in large steps: every size is compiled
     return tile, 1
 
 

@@ -40,27 +40,31 @@ class DecodeConfig:
         return min(self.num_warps, self.block_n // 16)
 
 
-def default_config(cache: PagedCache, block_m: int) -> DecodeConfig:
-    """Launch parameters for a cache, its GPU, and a number of query rows per program.
+def default_config(cache: PagedCache, block_m: int, batch: int) -> DecodeConfig:
+    """Launch parameters for a cache, its GPU, a number of query rows per program, and of sequences.
 
     From sweeps on an H200 (scripts/tune_decode.py, docs/performance.md): about 13 MB of tiles on their way to all of
-    its multiprocessors, not more. With fewer registers than 168, what combines results spills.
+    its multiprocessors, not more. With fewer registers than 168, what combines results spills. Programs of one warp
+    wait for nobody, but there are many of them, each with results of its own: not for a single sequence.
     """
     sizes = cache.sizes()
     row = sizes['BLOCK_P'] + sizes['BLOCK_PV']  # bytes of a token
     if block_m > 8:
         config = DecodeConfig(128 if row <= 256 and block_m <= 16 else 64, occupancy=4, num_warps=2)
-    elif row <= 128:
+    elif row <= 128 and batch > 1:
         config = DecodeConfig(64, occupancy=12, num_warps=1, maxnreg=168)
-    elif sizes['PARTS'] * sizes['PARTSV'] > 1:
+    elif row <= 128 or sizes['PARTS'] * sizes['PARTSV'] > 1:
         config = DecodeConfig(64, occupancy=6, num_warps=2, maxnreg=168)
     elif row <= 256:
         config = DecodeConfig(64, occupancy=3, num_stages=3, maxnreg=168)
     else:
         config = DecodeConfig(64, occupancy=3, maxnreg=168)
-    # Beside tiles of K and V, what crosses warps, and 1 KiB for the driver: GPUs without 228 KiB hold fewer programs.
-    need = (config.num_stages - 1) * config.block_n * (row + 8) + 512 * block_m + (
-        2048 if sizes['PARTS'] == sizes['PARTSV'] == 1 else 3072)
+    # Beside tiles of K and V, scales and what crosses warps, and 1 KiB for the driver: GPUs without 228 KiB hold fewer
+    # programs.
+    crossing = 2560 if config.num_warps == 1 else 512 * block_m
+    if block_m > 8 and sizes['PARTSV'] == 4:
+        crossing += 8192
+    need = (config.num_stages - 1) * config.block_n * row + crossing + 1024
     occupancy = max(1, min(config.occupancy, shared_memory(cache.k_codes.device) // need))
     return dataclasses.replace(config, occupancy=occupancy)
 
@@ -91,7 +95,7 @@ class Workspace:
         kv_heads = cache.num_kv_heads
         rows = query.size(1) // kv_heads * query_len
         block_m = min(max(8, triton.next_power_of_2(rows)), 32)
-        config = config or default_config(cache, block_m)
+        config = config or default_config(cache, block_m, batch)
         grid_heads = kv_heads * triton.cdiv(rows, block_m)
         target = config.programs or max(1, config.occupancy * multiprocessors(query.device) // grid_heads)
         sizes = cache.sizes()
