@@ -29,7 +29,7 @@ def copy_bandwidth() -> float:
     return 2 * a.numel() / graph_us(lambda i: b.copy_(a), 4)
 
 
-def batch(load: str, page: int) -> tuple[torch.Tensor, ...]:
+def batch(load: str, page: int, device: str = 'cuda') -> tuple[torch.Tensor, ...]:
     """q_start, q_lens, kv_lens, block table, pool blocks and query length (0: ragged) of a load."""
     kind, count = load.split(':')
     n = int(count)
@@ -40,28 +40,28 @@ def batch(load: str, page: int) -> tuple[torch.Tensor, ...]:
         lens, q_start, q_lens, query_len = torch.tensor([n]), torch.tensor([0]), torch.tensor([n]), 0
     width = int(lens.max() + page - 1) // page
     table = (torch.randperm(len(lens) * width) + 1).int().reshape(len(lens), width)
-    return q_start.cuda(), q_lens.cuda(), lens.cuda(), table.cuda(), len(lens) * width + 1, query_len
+    return *(x.to(device) for x in (q_start, q_lens, lens, table)), len(lens) * width + 1, query_len
 
 
-def make_data(tokens: int, heads: int, dim: int) -> list[torch.Tensor]:
+def make_data(tokens: int, heads: int, dim: int, device: str = 'cuda') -> list[torch.Tensor]:
     """COPIES of new K and V, bf16 [2, tokens, heads, dim]."""
-    return [torch.randn((2, tokens, heads, dim), dtype=torch.bfloat16, device='cuda') for _ in range(COPIES)]
+    return [torch.randn((2, tokens, heads, dim), dtype=torch.bfloat16, device=device) for _ in range(COPIES)]
 
 
 class Ours:
     """Our kernel on one format: COPIES of the cache, so that a write never finds the last one's lines."""
 
     def __init__(self, name: str, load: str, page: int, heads: int, dim: int,
-                 data: list[torch.Tensor] | None = None) -> None:
-        q_start, q_lens, lens, table, blocks, query_len = batch(load, page)
+                 data: list[torch.Tensor] | None = None, device: str = 'cuda') -> None:
+        q_start, q_lens, lens, table, blocks, query_len = batch(load, page, device)
         tokens = int(q_lens.sum())
-        self.data = make_data(tokens, heads, dim) if data is None else data
-        self.caches = [kvq.PagedCache.allocate(name, blocks, page, heads, dim) for _ in range(COPIES)]
+        self.data = make_data(tokens, heads, dim, device) if data is None else data
+        self.caches = [kvq.PagedCache.allocate(name, blocks, page, heads, dim, device=device) for _ in range(COPIES)]
         self.layout = TokenLayout(q_start=q_start, q_lens=q_lens, kv_lens=lens, block_table=table,
                                   uniform_query_len=query_len)
         self.inputs: list = [None] * COPIES
         if query_len:
-            query = torch.randn((tokens, GROUP * heads, dim), dtype=torch.bfloat16, device='cuda')
+            query = torch.randn((tokens, GROUP * heads, dim), dtype=torch.bfloat16, device=device)
             self.inputs = [Workspace.allocate(query, cache, tokens, 1).inputs(query) for cache in self.caches]
         self.policy = self.caches[0].format.policy
         self.written = tokens * self.caches[0].nbytes // (blocks * page)

@@ -214,3 +214,26 @@ def test_counters_are_read_in_their_units():
     assert profile_kernels.parse(text) == pytest.approx({'us': 139.808, 'bytes_read': 541.5e6, 'registers': 168})
     with pytest.raises(ValueError, match='no table'):
         profile_kernels.parse('==ERROR== The user does not have permission')
+
+
+@pytest.mark.parametrize('name', ['fp8_per_token_head', 'k8v4_per_token_head'])
+def test_fill_tiles_are_swept_on_the_same_pages(name):
+    """A sweep's tile is what the kernel is launched with, and writes what the rule's tile writes; a wrong one is seen."""
+    import bench_fill
+    import tune_fill
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    ours = bench_fill.Ours(name, 'decode:3', 16, 2, 64, device=device)
+    with tune_fill.launched_with(None) as used:
+        ours(0)
+    rule = used[0]
+    with tune_fill.launched_with((4, 2)) as used:
+        ours(1)
+    assert used == [(4, 2)] != [rule]
+    assert ours.caches[0].k_codes.any() and tune_fill.same_pages(ours, (4, 2))
+    with tune_fill.launched_with(None) as used:
+        ours(0)
+    assert used == [rule]  # as it was
+    kernel, shift = tune_fill.KERNEL.fill, iter((0, 1))
+    with pytest.MonkeyPatch.context() as patch:  # another V for the tile than for the rule
+        patch.setattr(tune_fill.KERNEL, 'fill', lambda k, v, *rest: kernel(k, v + next(shift), *rest))
+        assert not tune_fill.same_pages(ours, (4, 2))

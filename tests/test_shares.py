@@ -27,8 +27,7 @@ def _shares(lens_ptr, out_ptr, batch, target, BATCH: tl.constexpr, PIECES: tl.co
 
 
 def shares(tiles: list[int], target: int, pieces: int = 16) -> torch.Tensor:
-    """[target, 6] of a batch of so many tiles per sequence; checks that every tile is taken once, in order.
-"""
+    """[target, 6] of a batch of so many tiles per sequence; checks that every tile is taken once, in order."""
     device = 'cpu' if interpreted() else 'cuda'
     lens = torch.tensor([n * TOKENS for n in tiles], dtype=torch.int32, device=device)
     out = torch.full((target, 6), -1, dtype=torch.int32, device=device)
