@@ -1,9 +1,9 @@
 """pytest plugin: which tests are evidence for which row of docs/compatibility.md, and what became of them.
 
-``pytest --evidence FILE`` writes the outcomes of the tests that carry ``@pytest.mark.covers(ROW, ...)`` as a result
-file (environment, rows), each with the commit and the number of GPUs it was seen with. Outcomes in the file of tests
-that were not run again, or skipped this time, stay if they are of the same kind of GPU: a suite takes longer than the
-time on a GPU that there is at once.
+``pytest --evidence=FILE`` writes the outcomes of the tests that carry ``@pytest.mark.covers(ROW, ...)`` as a result
+file (environment, rows), each with the commit and the number of GPUs it was seen with; with a space for the equals
+sign, pytest would take a file that exists for tests. Outcomes in the file of tests that were not run again, or skipped
+this time, stay if they are of the same kind of GPU: a suite takes longer than the time on a GPU that there is at once.
 """
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_counters_are_read_in_their_units():
 
 @pytest.mark.parametrize('name', ['fp8_per_token_head', 'k8v4_per_token_head'])
 def test_fill_tiles_are_swept_on_the_same_pages(name):
-    """A sweep's tile is what the kernel is launched with, and writes what the rule's tile writes; a wrong one is seen."""
+    """A sweep launches the tile it was given, which writes what the rule's tile writes; a wrong page is seen."""
     import bench_fill
     import tune_fill
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
