@@ -4,13 +4,15 @@
   scripts/tune_fill.py --shapes 8x128,4x256 --loads decode:64,decode:256 --tiles 1x1,2x1,4x1,8x1,8x2
 
 Shapes, loads and what is timed are bench_fill.py's. The row without a tile given is what the rule of
-``lmdeploy_kvq.kernels.fill`` chooses, and every other tile has to write the same pages. Writes fill_sweep.json.
+``lmdeploy_kvq.kernels.fill`` chooses. Writes fill_sweep.json; a tile that writes other pages than the rule's is an
+error.
 """
 from __future__ import annotations
 
 import argparse
 import importlib
 import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +88,8 @@ def main() -> None:
             torch.cuda.empty_cache()
     print_table(rows, list(rows[0]))
     print(write_results('fill_sweep', rows, args.out))
+    if not all(row['same_pages'] for row in rows):
+        sys.exit('some tiles write other pages: see same_pages')
 
 
 if __name__ == '__main__':
