@@ -26,11 +26,16 @@ ROTATE_BYTES = 512 << 20  # data a timed loop walks through: several times any L
 def environment() -> dict[str, str]:
     """GPU, versions, commit and date, as every result file carries them.
 
-    ``KVQ_COMMIT`` names the commit where the tree is a copy, whose git, if any, does not know it.
+    The commit is marked "-dirty" where tracked files differ from it, result files aside: a run that writes several of
+    them is of one commit. ``KVQ_COMMIT`` names it where the tree is a copy, whose git, if any, does not know it.
     """
-    git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=ROOT, text=True,
-                         capture_output=True)
-    commit = os.environ.get('KVQ_COMMIT') or git.stdout.strip() or 'unknown'
+    def git(*args: str) -> str:
+        return subprocess.run(['git', *args], cwd=ROOT, text=True, capture_output=True).stdout.strip()
+
+    commit = os.environ.get('KVQ_COMMIT')
+    if not commit:
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!benchmarks/results')
+        commit = (git('describe', '--always', '--abbrev=12') or 'unknown') + '-dirty' * bool(changed)
     return {
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'cpu',
         'gpus': str(torch.cuda.device_count()), 'cuda': torch.version.cuda or 'none',

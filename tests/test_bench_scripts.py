@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_other_benchmarks_have_verdicts():
     row = {'contender': 'kvq', 'policy': 116, 'load': '64x8192', 'tp': 1}
     step, tokens = targets.verdicts('engine', [{**row, 'vs_bf16': 0.69}, {**row, 'vs_bf16': None, 'error': 'x'}])
     assert (step['met'], step['rows'], tokens['met']) == ('yes', 1, 'not measured')
+
+
+def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
+    """The first file that a run writes leaves the second one's commit as it is; any other change does not."""
+    monkeypatch.setattr(benchlib, 'ROOT', tmp_path)
+    monkeypatch.delenv('KVQ_COMMIT', raising=False)
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+    assert benchlib.environment()['commit'] == 'unknown'
+    results, code = tmp_path / 'benchmarks' / 'results' / 'fill.json', tmp_path / 'code.py'
+    results.parent.mkdir(parents=True)
+    for path in (results, code):
+        path.write_text('1')
+    for args in (['init', '-q'], ['add', '.'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a']):
+        subprocess.run(['git', *args], cwd=tmp_path, check=True)
+    clean = benchlib.environment()['commit']
+    results.write_text('2')
+    (tmp_path / 'untracked').touch()
+    assert benchlib.environment()['commit'] == clean and 'dirty' not in clean
+    code.write_text('2')
+    assert benchlib.environment()['commit'] == f'{clean}-dirty'
+    monkeypatch.setenv('KVQ_COMMIT', 'abc')
+    assert benchlib.environment()['commit'] == 'abc'
 
 
 def test_rows_of_another_build_are_not_kept(tmp_path):
