@@ -56,6 +56,11 @@ class Encoding:
     shrink: float = 1.0
     rule: str = 'step'
 
+    @property
+    def saturates(self) -> bool:
+        """Whether an element of a row can lie beyond the codec's largest code."""
+        return not self.per_token_head or self.statistic != 'absmax' or self.shrink < 1.0
+
     def bits_per_element(self, head_dim: int) -> float:
         """Stored bits per element of a row of ``head_dim`` values, its scale and padding included."""
         return (8 * part_dim(head_dim, self.codec.parts) + (SCALE_BITS if self.per_token_head else 0)) / head_dim

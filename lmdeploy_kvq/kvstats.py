@@ -18,7 +18,7 @@ METHODS = ('absmax', 'percentile', 'mse')
 GRANULARITIES = ('tensor', 'head')
 
 BINS_PER_OCTAVE = 32
-MIN_EXPONENT, MAX_EXPONENT = -24, 16  # the histogram spans 2^-24 to 2^16; a cache stores no more than 65504
+MIN_EXPONENT, MAX_EXPONENT = -24, 16  # the histogram spans 2^-24 to 2^16; a cache stores no more than MAX_INPUT
 BINS = (MAX_EXPONENT - MIN_EXPONENT) * BINS_PER_OCTAVE
 _POINTS = 4  # values per bin at which the error of a scale is taken; a bin is 2 % wide, a step of e4m3 6 to 12 %
 _CANDIDATES = 4  # magnitudes per octave that "mse" tries, over eight octaves below the largest value

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 MIN_SCALE = 1e-6
 """Smallest per-token-head scale (vLLM's floor): a row of zeros keeps a usable scale."""
 
-MAX_INPUT = 65504.0
-"""Largest magnitude stored, fp16's maximum: larger values and infinities saturate here (see docs/formats.md)."""
+MAX_INPUT = 65280.0
+"""Largest magnitude stored, the largest bf16 number that fp16 holds too: larger values and infinities saturate here."""
 
 MAX_UNBIASED = 1.5
 """Largest unbiased scale, in least squares scales. Rows like those of models stay below 1.4; a row of which one element

@@ -41,7 +41,7 @@ def through(x: torch.Tensor, encoding, scale: torch.Tensor | None = None) -> tup
 
 def stored(x: torch.Tensor, encoding) -> torch.Tensor:
     """The rows that are quantized: saturated and rotated, fp32."""
-    x = x.float().clamp(-65504, 65504)
+    x = x.float().clamp(-reference.MAX_INPUT, reference.MAX_INPUT)
     return x if encoding.rotation is None else default_transform(encoding, x.size(-1)).store(x)
 
 
@@ -225,7 +225,7 @@ def test_static_scales_saturate_multiply_and_may_differ_per_head(encoding):
     assert torch.equal(decoded(x, scale), torch.cat([decoded(x[:, h:h + 1], scale[h]) for h in range(2)], 1))
     assert frobenius(decoded(x, scale), x) < 0.07
     limit = encoding.codec.qmax * scale
-    assert torch.equal(decoded(torch.full((1, 2, 8), 65504.0), scale)[0], limit[:, None].expand(2, 8))
+    assert torch.equal(decoded(torch.full((1, 2, 8), reference.MAX_INPUT), scale)[0], limit[:, None].expand(2, 8))
 
 
 def test_a_static_encoding_without_scale_is_refused():
@@ -236,12 +236,12 @@ def test_a_static_encoding_without_scale_is_refused():
 
 @pytest.mark.parametrize('encoding', ENCODINGS, ids=encoding_id)
 def test_values_beyond_fp16_saturate(encoding):
-    x = torch.tensor([[[math.inf, -math.inf, 3e38, -1e5, 65504.0, 1.0, 0.0, -0.0] * 2]])
+    x = torch.tensor([[[math.inf, -math.inf, 3e38, -1e5, reference.MAX_INPUT, 1.0, 0.0, -0.0] * 2]])
     static = None if encoding.per_token_head else torch.tensor(300.0)
     codes, scale, decoded = through(x, encoding, static)
-    saturated = x.clamp(-65504, 65504)
+    saturated = x.clamp(-reference.MAX_INPUT, reference.MAX_INPUT)
     assert finite(decoded) and decoded.norm() <= 1.3 * saturated.norm()
-    assert encoding.rotation is not None or decoded.abs().max() <= 65504 * 1.07
+    assert encoding.rotation is not None or decoded.abs().max() <= reference.MAX_INPUT * 1.07
     again = through(saturated, encoding, static)
     assert torch.equal(codes, again[0]) and torch.equal(scale, again[1])
 

@@ -7,34 +7,50 @@ import triton
 import triton.language as tl
 
 from lmdeploy_kvq.kernels.launch import interpreted
-from lmdeploy_kvq.kernels.tiles import FEW_TILES, FEWEST, first_tile, program_of, program_share
+from lmdeploy_kvq.kernels.tiles import (
+    FEW_SEQUENCES,
+    FEW_TILES,
+    FEWEST,
+    ONE_EACH,
+    WHOLE,
+    first_tile,
+    program_of,
+    program_share,
+)
 
 TOKENS = 128
+MUCH = 64
 
 
 @triton.jit
-def _shares(lens_ptr, out_ptr, batch, target, BATCH: tl.constexpr, PIECES: tl.constexpr):
-    """Of one program: sequence, tile, count, all tiles, programs, and who it thinks begins with its first tile."""
+def _shares(lens_ptr, out_ptr, batch, target, each, most, BATCH: tl.constexpr, PIECES: tl.constexpr):
+    """Of one program: sequence, unit, count, all, programs, who it thinks begins with its first unit, and the shift."""
     pid = tl.program_id(0)
-    seq, skip, count, total, programs = program_share(pid, lens_ptr, batch, target, 1, -1, 128, BATCH, PIECES)
+    seq, skip, count, total, programs, shift = program_share(
+        pid, lens_ptr, batch, target, each, most, 1, -1, 128, BATCH, PIECES)
     begin = first_tile(pid + 1, total, programs) - count
-    tl.store(out_ptr + pid * 6, seq)
-    tl.store(out_ptr + pid * 6 + 1, skip)
-    tl.store(out_ptr + pid * 6 + 2, count)
-    tl.store(out_ptr + pid * 6 + 3, total)
-    tl.store(out_ptr + pid * 6 + 4, programs)
-    tl.store(out_ptr + pid * 6 + 5, program_of(begin, total, programs))
+    tl.store(out_ptr + pid * 7, seq)
+    tl.store(out_ptr + pid * 7 + 1, skip)
+    tl.store(out_ptr + pid * 7 + 2, count)
+    tl.store(out_ptr + pid * 7 + 3, total)
+    tl.store(out_ptr + pid * 7 + 4, programs)
+    tl.store(out_ptr + pid * 7 + 5, program_of(begin, total, programs))
+    tl.store(out_ptr + pid * 7 + 6, shift)
 
 
-def shares(tiles: list[int], target: int, pieces: int = 16) -> torch.Tensor:
-    """[target, 6] of a batch of so many tiles per sequence; checks that every tile is taken once, in order."""
+def shares(tiles: list[int], target: int, each: int, pieces: int = 16) -> torch.Tensor:
+    """[target, 7] of a batch of so many tiles per sequence; checks that every unit is taken once, in order, and that
+    sequences are units where none has more than two tiles."""
     device = 'cpu' if interpreted() else 'cuda'
     lens = torch.tensor([n * TOKENS for n in tiles], dtype=torch.int32, device=device)
-    out = torch.full((target, 6), -1, dtype=torch.int32, device=device)
-    _shares[(target, )](lens, out, len(tiles), target, triton.next_power_of_2(len(tiles)), pieces)
+    out = torch.full((target, 7), -1, dtype=torch.int32, device=device)
+    _shares[(target, )](lens, out, len(tiles), target, each, MUCH * each, triton.next_power_of_2(len(tiles)), pieces)
     out = out.cpu()
     taken = []
-    for pid, (seq, tile, count, total, programs, first) in enumerate(out.tolist()):
+    whole = max(tiles) <= 2**WHOLE.value
+    tiles = [1 if whole else n for n in tiles]
+    for pid, (seq, tile, count, total, programs, first, shift) in enumerate(out.tolist()):
+        assert shift == (WHOLE.value if whole else 0)
         assert total == sum(tiles) and 1 <= programs <= min(target, total)
         assert (count > 0) == (pid < programs) and (not count or first == pid)
         for _ in range(count):
@@ -49,34 +65,48 @@ def test_every_tile_once_and_evenly(seed):
     """Whatever the lengths: equal shares, to one tile; and no program has much more to do than it could have."""
     draw = random.Random(seed)
     tiles, target = [draw.randint(1, 70) for _ in range(draw.randint(1, 9))], draw.randint(1, 50)
-    out = shares(tiles, target, draw.choice((2, 8, 16)))
-    counts = out[:, 2][out[:, 2] > 0]
+    each = draw.randint(1, target)
+    out = shares(tiles, target, each, draw.choice((2, 8, 16)))
+    counts, total = out[:, 2][out[:, 2] > 0], out[0, 3].item()
     assert counts.max() - counts.min() <= 1
-    assert counts.max() <= max(FEW_TILES.value, -(-sum(tiles) // max(1, int(min(target, sum(tiles)) * FEWEST.value))))
+    wanted = target
+    if total <= MUCH * each and (len(tiles) <= FEW_SEQUENCES.value or 4 * total >= 3 * len(tiles) * max(tiles)):
+        small = total <= ONE_EACH.value * each and len(tiles) <= each
+        wanted = each if small else 2 * each if len(tiles) <= 2 * each else target
+    assert counts.max() <= max(FEW_TILES.value, -(-total // max(1, int(min(target, total, wanted) * FEWEST.value))))
 
 
-@pytest.mark.parametrize('tiles, target, pieces, programs', [
-    ([32], 49, 16, 16),  # two levels of combining otherwise
-    ([64], 49, 16, 16),
-    ([128], 49, 16, 32),  # four tiles each, where 49 programs have up to three
-    ([4] * 32, 49, 16, 32),  # a sequence each
-    ([4] * 64, 49, 16, 32),  # two sequences each
-    ([16] * 32, 49, 16, 32),
-    ([32] * 64, 49, 16, 49),  # much to read: as many as fit
-    ([1] * 5, 49, 16, 5),
-    ([16], 198, 8, 8),  # results of eight rows are read four at a time
-    ([64], 198, 8, 64),
-    ([4] * 64, 198, 8, 128),
+@pytest.mark.parametrize('tiles, target, each, pieces, programs', [
+    ([32], 49, 16, 16, 16),  # two levels of combining otherwise
+    ([128], 49, 16, 16, 16),  # one on each multiprocessor of eight KV heads
+    ([256], 49, 16, 16, 32),  # two
+    ([81, 3, 6, 68], 49, 16, 16, 29),  # as many as leave sixteen results of the longest
+    ([81, 3, 6, 68], 198, 66, 16, 66),  # too few for two KV heads
+    ([81, 3, 6, 68, 1, 112, 6, 79, 20, 8, 33, 14], 198, 66, 16, 198),  # many of various lengths: all
+    ([4] * 32, 49, 16, 16, 32),  # a sequence each
+    ([4] * 64, 49, 16, 16, 32),  # two sequences each
+    ([16] * 32, 49, 16, 16, 32),
+    ([32] * 32, 49, 16, 16, 32),
+    ([32] * 64, 49, 16, 16, 49),  # much to read: as many as fit
+    ([1] * 5, 49, 16, 16, 5),
+    ([2] * 5, 49, 16, 16, 5),  # not divided
+    ([2, 1, 2], 49, 16, 16, 3),
+    ([1, 2] * 60, 49, 16, 16, 40),  # three sequences each
+    ([2] * 300, 198, 66, 8, 150),
+    ([16], 198, 66, 8, 8),  # results of eight rows are read four at a time
+    ([64], 198, 66, 8, 64),
+    ([4] * 64, 198, 66, 8, 64),
+    ([128] * 16, 198, 66, 8, 128),
 ])
-def test_small_shares(tiles, target, pieces, programs):
+def test_small_shares(tiles, target, each, pieces, programs):
     """The loads of docs/performance.md."""
-    assert shares(tiles, target, pieces)[0, 4] == programs
+    assert shares(tiles, target, each, pieces)[0, 4] == programs
 
 
 def test_a_thousand_sequences_of_a_million_tokens():
     """Products of tiles do not overflow; one program says how many there are."""
     device = 'cpu' if interpreted() else 'cuda'
     lens = torch.full((1024, ), 1 << 20, dtype=torch.int32, device=device)
-    out = torch.zeros(6, dtype=torch.int32, device=device)
-    _shares[(1, )](lens, out, 1024, 198, 1024, 16)
+    out = torch.zeros(7, dtype=torch.int32, device=device)
+    _shares[(1, )](lens, out, 1024, 198, 66, MUCH * 66, 1024, 16)
     assert out[:5].tolist() == [0, 0, (1 << 23) // 198 + 1, 1 << 23, 198]  # the first take one more

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rotation import power_below
 from .tiles import block_of, tile_block, tile_offset
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -54,33 +53,20 @@ def load_queries(q_ptrs, row_mask, D: tl.constexpr, PART: tl.constexpr, BLOCK_P:
 
 
 @triton.jit
-def normalize_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr):
-    """Queries as fp16 operands.
+def query_operands(normalized, BITS: tl.constexpr, PARTS: tl.constexpr):
+    """What K's codes are multiplied with, from fp16 queries in parts [BLOCK_P, rows].
 
     Returns:
-        (queries, power, total): parts [BLOCK_P, rows], each divided by what K's codes are multiplied with by where they
-        stand in their byte; the powers of two (fp32 [rows]) that rows were divided by; and the sums of the rows.
+        (queries, total): parts, divided by what codes are multiplied with by where they stand in their byte; and the
+        sums of the rows, fp32 [rows].
     """
-    largest = tl.max(tl.abs(raw[0].to(tl.float32)), 0)
-    for part in tl.static_range(1, PARTS):
-        largest = tl.maximum(largest, tl.max(tl.abs(raw[part].to(tl.float32)), 0))
-    power = power_below(largest)
     queries = ()
-    total = power * 0.0
+    total = tl.sum(normalized[0].to(tl.float32), 0) * 0.0
     for part in tl.static_range(PARTS):
-        query = (raw[part].to(tl.float32) * ((1.0 / (1 << (BITS * part))) / power)[None, :]).to(tl.float16)
+        query = normalized[part] * (1.0 / (1 << (BITS * part)))
         total += tl.sum(query.to(tl.float32), 0) * (1 << (BITS * part))
         queries += (query, )
-    return queries, power, total
-
-
-@triton.jit
-def prepared_queries(raw, BITS: tl.constexpr, PARTS: tl.constexpr):
-    """The first result of :func:`normalize_queries` from rows that the fill has normalized."""
-    queries = ()
-    for part in tl.static_range(PARTS):
-        queries += (raw[part] * (1.0 / (1 << (BITS * part))), )
-    return queries
+    return queries, total
 
 
 @triton.jit

@@ -48,12 +48,12 @@ def _sign_bit(x):
 
 
 @triton.jit
-def encode_e4m3(x, CAP: tl.constexpr):
+def encode_e4m3(x, SATURATE: tl.constexpr, CAP: tl.constexpr):
     """fp32 to e4m3 (saturating at 448, ties to even) as uint8."""
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
     if CAP >= FP8_ROUND_CAP:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)  # saturates by itself
     else:
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
         return (_round_to_even_bits(tl.abs(x), 20, 960, 0.015625, 512.0) | _sign_bit(x)).to(tl.uint8)
 
 
@@ -121,12 +121,12 @@ def finite_e4m3(values, CAP: tl.constexpr):
 
 
 @triton.jit
-def encode_e5m2(x, CAP: tl.constexpr):
+def encode_e5m2(x, SATURATE: tl.constexpr, CAP: tl.constexpr):
     """fp32 to e5m2 (saturating at 57344, ties to even) as uint8."""
-    x = tl.minimum(tl.maximum(x, -57344.0), 57344.0)
     if CAP >= FP8_ROUND_CAP:
-        return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        return x.to(tl.float8e5).to(tl.uint8, bitcast=True)  # saturates by itself
     else:
+        x = tl.minimum(tl.maximum(x, -57344.0), 57344.0)
         return (_round_to_even_bits(tl.abs(x), 21, 448, 6.103515625e-05, 65536.0) | _sign_bit(x)).to(tl.uint8)
 
 
@@ -161,29 +161,34 @@ def finite_e5m2(values, CAP: tl.constexpr):
 
 
 @triton.jit
-def _encode_integer(x, QMAX: tl.constexpr, OFFSET: tl.constexpr):
+def _encode_integer(x, SATURATE: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr):
     """fp32 to round(x + OFFSET), ties to even, as uint8."""
-    x = tl.minimum(tl.maximum(x, -QMAX), QMAX) + OFFSET
+    if SATURATE:
+        x = tl.minimum(tl.maximum(x, -QMAX), QMAX)
     # 1.5 * 2**23: the low byte of the sum is the rounded number.
-    return ((x + 12582912.0).to(tl.uint32, bitcast=True) & 0xFF).to(tl.uint8)
+    if OFFSET % 1 == 0:
+        x += 12582912.0 + OFFSET
+    else:
+        x = (x + OFFSET) + 12582912.0
+    return (x.to(tl.uint32, bitcast=True) & 0xFF).to(tl.uint8)
 
 
 @triton.jit
-def encode_int8(x, CAP: tl.constexpr):
+def encode_int8(x, SATURATE: tl.constexpr, CAP: tl.constexpr):
     """fp32 to int8 codes, -127 to 127 plus 128, as uint8."""
-    return _encode_integer(x, 127.0, 128.0)
+    return _encode_integer(x, SATURATE, 127.0, 128.0)
 
 
 @triton.jit
-def encode_int4(x, CAP: tl.constexpr):
+def encode_int4(x, SATURATE: tl.constexpr, CAP: tl.constexpr):
     """fp32 to int4 codes, 0 to 15 for -7.5 to 7.5, as uint8."""
-    return _encode_integer(x, 7.5, 7.5)
+    return _encode_integer(x, SATURATE, 7.5, 7.5)
 
 
 @triton.jit
-def encode_int2(x, CAP: tl.constexpr):
+def encode_int2(x, SATURATE: tl.constexpr, CAP: tl.constexpr):
     """fp32 to int2 codes, 0 to 3 for -1.5 to 1.5, as uint8."""
-    return _encode_integer(x, 1.5, 1.5)
+    return _encode_integer(x, SATURATE, 1.5, 1.5)
 
 
 @triton.jit

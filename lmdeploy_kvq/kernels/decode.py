@@ -16,14 +16,13 @@ from .attend import (
     attend,
     interleave,
     load_queries,
-    normalize_queries,
     prefetch_tile,
-    prepared_queries,
+    query_operands,
 )
 from .codecs import decoding
 from .combine import FAN, STATISTICS, combine_partials, finish, repeat_columns, store_partial
 from .launch import batch_block, check_device, compute_capability, dependent_launch
-from .rotation import join_parts, operand
+from .rotation import join_parts, normalize_columns, operand
 from .tiles import first_tile, program_of, program_share, tile_pages, visible_tiles
 from .workspace import DecodeConfig, Workspace
 
@@ -87,10 +86,10 @@ def _reduce_tree(ptr, rows, counters_ptr, pid, first_pid, pieces, slot_step, cou
 
 
 # Sizes of a batch differ from step to step; specializing on them would only compile the same code again.
-@triton.jit(do_not_specialize=['batch', 'target', 'stride_table'])
+@triton.jit(do_not_specialize=['batch', 'target', 'each', 'most', 'lead', 'stride_table'])
 def _decode_kernel(
         q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, k_static_ptr, v_static_ptr, v_matrix_ptr, out_ptr, partial_ptr,
-        counters_ptr, sinks_ptr, slopes_ptr, kv_lens_ptr, table_ptr, batch, target, sm_scale,  #
+        counters_ptr, sinks_ptr, slopes_ptr, kv_lens_ptr, table_ptr, batch, target, each, most, lead, sm_scale,  #
         stride_qt, stride_qh, stride_ot, stride_oh, stride_table, stride_v_matrix,  # query and output: token, head
         stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
@@ -114,9 +113,10 @@ def _decode_kernel(
     if PDL and WAIT == WAIT_FIRST:
         tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0) // ROW_TILES
-    pid = tl.program_id(1)
-    seq, skip, remaining, total, programs = program_share(
-        pid, kv_lens_ptr, batch, target, QUERY_LEN, WINDOW, BLOCK_N, BATCH, PIECES)
+    pid = tl.program_id(1) - lead
+    pid = tl.where(pid < 0, pid + target, pid)  # the first to start are the last to get work
+    seq, skip, remaining, total, programs, shift = program_share(
+        pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN, WINDOW, BLOCK_N, BATCH, PIECES)
     row = (tl.program_id(0) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < ROWS
     head = kv_head * GROUP + row % GROUP
@@ -153,8 +153,8 @@ def _decode_kernel(
     while remaining > 0:
         kv_len = tl.load(kv_lens_ptr + seq).to(tl.int32)
         first, last = visible_tiles(kv_len, QUERY_LEN, WINDOW, BLOCK_N)
-        tile = first + skip
-        stop = tl.minimum(last, tile + remaining)
+        tile = first + (skip << shift)
+        stop = tl.minimum(last, tile + (remaining << shift))
         row_table_ptr = table_ptr + seq.to(tl.int64) * stride_table
         token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
         # While queries are on their way (nothing waits for a read before its first use), so is the first tile. Rotated
@@ -169,12 +169,11 @@ def _decode_kernel(
             prefetch_tile(row_table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
                           PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N, CAP)
         if PREPARED:
-            tail_ptrs = (q_ptrs + D).to(tl.pointer_type(tl.float32))
-            power = tl.load(tail_ptrs, mask=row_mask, other=1.0)
-            query_sum = tl.load(tail_ptrs + 1, mask=row_mask, other=0.0)
-            queries = prepared_queries(raw, BITS, PARTS)
+            normalized = raw
+            power = tl.load((q_ptrs + D).to(tl.pointer_type(tl.float32)), mask=row_mask, other=1.0)
         else:
-            queries, power, query_sum = normalize_queries(raw, BITS, PARTS)
+            normalized, power = normalize_columns(raw, PARTS)
+        queries, query_sum = query_operands(normalized, BITS, PARTS)
         row_scale = power * score_scale
         correction = query_sum * (-OFFSET / GAIN)
         q_pos = kv_len - QUERY_LEN + row // GROUP
@@ -205,10 +204,10 @@ def _decode_kernel(
         for part in tl.static_range(PARTSV):
             values += (parts[part] * (GAINV / (1 << (BITSV * part))) - too_much[None, :], )
         acc = join_parts(values, PARTSV)
-        # Numbers of the sequence's first and last tile in the batch, and the programs that have them.
+        # Numbers of the sequence's first and last unit in the batch, and the programs that have them.
         begin = first_tile(pid + 1, total, programs) - remaining - skip
         first_pid = program_of(begin, total, programs)
-        pieces = program_of(begin + last - first - 1, total, programs) - first_pid + 1
+        pieces = program_of(begin + ((last - first - 1) >> shift), total, programs) - first_pid + 1
         out_ptrs = out_ptr + token * stride_ot + head * stride_oh
         if pieces > 1:
             slot = first_pid + seq
@@ -226,7 +225,7 @@ def _decode_kernel(
         if pieces == 1:  # nobody else has any of it, or nobody has any more
             finish(out_ptrs, row_mask, m, total_l, acc, sinks_ptrs, v_matrix_ptr, out_scale, tl.minimum(kv_len, 0), DV,
                    PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV)
-        remaining -= stop - tile
+        remaining -= (stop - tile + shift) >> shift
         seq += 1
         skip = first * 0
 
@@ -264,8 +263,8 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     v_matrix, v_stride, v_factor = operand(cache.v_transform, inverse=True)
     _decode_kernel[(kv_heads * triton.cdiv(rows, workspace.block_m), workspace.target)](
         query, *cache.tensors(), v_matrix, out, workspace.partial, workspace.counters, sinks,
-        alibi_slopes, kv_lens, block_table, batch, workspace.target, sm_scale, *query.stride()[:2], *out.stride()[:2],
-        block_table.stride(0), v_stride, *cache.strides(), **cache.sizes(),
+        alibi_slopes, kv_lens, block_table, batch, workspace.target, *workspace.division, sm_scale, *query.stride()[:2],
+        *out.stride()[:2], block_table.stride(0), v_stride, *cache.strides(), **cache.sizes(),
         PAIRS=max(cache.sizes()['BLOCK_PV'] // 2, 16), GROUP=heads // kv_heads, QUERY_LEN=query_len,
         BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
         BATCH=batch_block(batch), **decoding(fmt, cap, pairs=True), QMAXV=fmt.value.codec.qmax,

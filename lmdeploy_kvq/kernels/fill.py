@@ -15,7 +15,7 @@ import triton.language as tl
 from ..reference import MAX_INPUT, MAX_UNBIASED, MIN_SCALE
 from .codecs import device_codec
 from .launch import batch_block, check_device, compute_capability, dependent_launch, multiprocessors
-from .rotation import load_columns, mix_columns, operand, power_below, rotate_columns, split_parts
+from .rotation import load_columns, mix_columns, normalize_columns, operand, rotate_columns, saturate, split_parts
 from .tiles import token_slots
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _RULES = {'step': 0, 'least_squares': 1, 'unbiased': 2}
 
 QUERY_TAIL = tl.constexpr(8)
-"""fp16 words behind a rotated query: two fp32 numbers, and padding to whole 16 bytes."""
+"""fp16 words behind a rotated query: an fp32 number, and padding to whole 16 bytes."""
 
 
 @triton.jit
@@ -48,12 +48,14 @@ def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr,
     if RMS:
         squares = parts[0] * parts[0]
         for part in tl.static_range(1, PARTS):
-            squares += parts[part] * parts[part]
+            squares = tl.fma(parts[part], parts[part], squares)
         size = tl.sqrt(_column_sums(squares, LOG_P) * (1.0 / D))
     else:
-        # Zeros by a sum: with plain ones the compiler lets floats change lanes early, instead of bytes at the end.
-        size = tl.sum(parts[0], 0) * 0.0
-        for part in tl.static_range(PARTS):
+        size = tl.max(tl.abs(parts[0]), 0)
+        if parts[0].shape[1] < 8:
+            # For the sum's sake the compiler lets bytes change lanes at the end, and not floats before.
+            size = tl.maximum(size, tl.sum(parts[0], 0) * 0.0)
+        for part in tl.static_range(1, PARTS):
             size = tl.maximum(size, tl.max(tl.abs(parts[part]), 0))
     return tl.maximum(size * FACTOR, MIN_SCALE)
 
@@ -62,7 +64,7 @@ def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr,
 def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token, num_tokens, stride_t, stride_h,  #
                stride_b, stride_bh, stride_sb, stride_sh, stride_static, stride_matrix,  # codes, scales: block, head
                slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,  #
-               HADAMARD: tl.constexpr, ENCODE: tl.constexpr, OFFSET: tl.constexpr,
+               HADAMARD: tl.constexpr, ENCODE: tl.constexpr, SATURATE: tl.constexpr, OFFSET: tl.constexpr,
                RMS: tl.constexpr, FACTOR: tl.constexpr, RULE: tl.constexpr, PER_TOKEN: tl.constexpr,
                BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
                BLOCK_D: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr,
@@ -96,13 +98,13 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
     block, offset = slot // PAGE, slot % PAGE
     parts = ()
     if HADAMARD != 0:
-        parts = split_parts(mix_columns(raw[0], HADAMARD, MAX_INPUT), PARTS)  # type: ignore[misc]
+        parts = split_parts(mix_columns(saturate(raw[0], MAX_INPUT, CAP), HADAMARD, CAP), PARTS)  # type: ignore[misc]
     elif matrix_ptr is not None:
         parts = rotate_columns(x_ptr, row, valid, matrix_ptr + head * stride_matrix, D, PART, BLOCK_P, PARTS, BLOCK_D,
                                MAX_INPUT)
     else:
         for part in tl.static_range(PARTS):
-            parts += (tl.minimum(tl.maximum(raw[part].to(tl.float32), -MAX_INPUT), MAX_INPUT), )
+            parts += (saturate(raw[part], MAX_INPUT, CAP).to(tl.float32), )
     if PER_TOKEN:
         step = _grid_step(parts, PARTS, LOG_P, D, RMS, FACTOR, MIN_SCALE)
     else:
@@ -113,12 +115,13 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
         xc, cc, xx = parts[0] * 0.0, parts[0] * 0.0, parts[0] * 0.0  # type: ignore[misc]
     for part in tl.static_range(PARTS):
         there = ((byte < PART) & (byte + part * PART < D))[:, None]
-        codes = ENCODE(parts[part] * inverse[None, :], CAP).to(tl.int32)
+        codes = ENCODE(parts[part] * inverse[None, :], SATURATE, CAP).to(tl.int32)
         if RULE != 0:
             c = tl.where(there, codes.to(tl.float32) - OFFSET, 0.0)
-            xc += parts[part] * c
-            cc += c * c
-            xx += parts[part] * parts[part]
+            # Fused here, and nowhere that the compiler chooses: what it fuses depends on layouts.
+            xc = tl.fma(parts[part], c, xc)
+            cc = tl.fma(c, c, cc)
+            xx = tl.fma(parts[part], parts[part], xx)
         packed += tl.where(there, codes << (BITS * part), 0)
     code_ptrs = codes_ptr + block * stride_b + head * stride_bh
     tl.store(code_ptrs[None, :] + (offset * PART)[None, :] + byte[:, None], packed.to(tl.uint8),
@@ -137,28 +140,26 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
 
 @triton.jit
 def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_rows, stride_t, stride_h, num_heads,
-                    HADAMARD: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+                    HADAMARD: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                    CAP: tl.constexpr):
     """Write queries times the inverse of K's matrix, transposed, or by butterflies, as decode multiplies with them.
 
     Rows of [tokens, heads, D + QUERY_TAIL]: D fp16 numbers, the row divided by a power of two near its largest element,
-    so that any fits; then, in fp32, the power and the sum of the numbers.
+    so that any fits; then, in fp32, the power.
     """
     head = kv_head * HEADS_PER_KV + column % HEADS_PER_KV
     token = (column // HEADS_PER_KV).to(tl.int64)
     valid = column < num_rows
     offset = token * stride_t + head * stride_h
     if HADAMARD != 0:
-        rotated = mix_columns(load_columns(query_ptr, offset, valid, D, D), HADAMARD, float('inf'))
+        rotated = mix_columns(load_columns(query_ptr, offset, valid, D, D), HADAMARD, CAP)
     else:
         rotated = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))[0]
-    power = power_below(tl.max(tl.abs(rotated), 0))
-    stored = (rotated / power[None, :]).to(tl.float16)
+    stored, power = normalize_columns((rotated, ), 1)
     dim = tl.arange(0, BLOCK_D)
     row_ptrs = rotated_ptr + (token * num_heads + head) * (D + QUERY_TAIL)
-    tl.store(row_ptrs[None, :] + dim[:, None], stored, mask=valid[None, :] & (dim < D)[:, None])
-    tail_ptrs = (row_ptrs + D).to(tl.pointer_type(tl.float32))
-    tl.store(tail_ptrs, power, mask=valid)
-    tl.store(tail_ptrs + 1, tl.sum(stored.to(tl.float32), 0), mask=valid)
+    tl.store(row_ptrs[None, :] + dim[:, None], stored[0], mask=valid[None, :] & (dim < D)[:, None])
+    tl.store((row_ptrs + D).to(tl.pointer_type(tl.float32)), power, mask=valid)
 
 
 # They differ from step to step.
@@ -172,7 +173,8 @@ def _fill_kernel(
         stride_kb, stride_kh, stride_vb, stride_vh,  # codes: block, head
         stride_ksb, stride_ksh, stride_vsb, stride_vsh, stride_k_static, stride_v_static,  # scales: block, head
         HADAMARD: tl.constexpr, HADAMARDV: tl.constexpr, HADAMARDQ: tl.constexpr,  # factors of butterflies, or 0
-        ENCODE: tl.constexpr, ENCODEV: tl.constexpr, OFFSET: tl.constexpr, OFFSETV: tl.constexpr,  #
+        ENCODE: tl.constexpr, ENCODEV: tl.constexpr, SATURATE: tl.constexpr, SATURATEV: tl.constexpr,
+        OFFSET: tl.constexpr, OFFSETV: tl.constexpr,  #
         RMS: tl.constexpr, RMSV: tl.constexpr, FACTOR: tl.constexpr, FACTORV: tl.constexpr, RULE: tl.constexpr,
         RULEV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr, BITS: tl.constexpr,
         BITSV: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr,  #
@@ -204,7 +206,7 @@ def _fill_kernel(
             if q_matrix_ptr is not None:
                 q_rotation = q_matrix_ptr + head * stride_k_matrix
             _rotate_queries(query_ptr, rotated_ptr, q_rotation, head, column, num_tokens * HEADS_PER_KV,
-                            stride_query_t, stride_query_h, num_heads, HADAMARDQ, HEADS_PER_KV, D, BLOCK_D)
+                            stride_query_t, stride_query_h, num_heads, HADAMARDQ, HEADS_PER_KV, D, BLOCK_D, CAP)
         return
     if FILLS:
         token = (pid % tiles) * TOKENS + tl.arange(0, TOKENS)
@@ -212,13 +214,13 @@ def _fill_kernel(
             _fill_rows(key_ptr, k_codes_ptr, k_scales_ptr, k_static_ptr, k_matrix_ptr, head, token, num_tokens,
                        stride_key_t, stride_key_h, stride_kb, stride_kh, stride_ksb, stride_ksh, stride_k_static,
                        stride_k_matrix, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
-                       HADAMARD, ENCODE, OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P,
+                       HADAMARD, ENCODE, SATURATE, OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P,
                        D, BLOCK_D, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH, CAP)
         else:
             _fill_rows(value_ptr, v_codes_ptr, v_scales_ptr, v_static_ptr, v_matrix_ptr, head, token, num_tokens,
                        stride_value_t, stride_value_h, stride_vb, stride_vh, stride_vsb, stride_vsh, stride_v_static,
                        stride_v_matrix, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
-                       HADAMARDV, ENCODEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV,
+                       HADAMARDV, ENCODEV, SATURATEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV,
                        PARTV, BLOCK_PV, DV, BLOCK_DV, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN,
                        UNIFORM_QUERY_LEN, BATCH, CAP)
 
@@ -330,7 +332,8 @@ def _encoding(encoding: Encoding, suffix: str) -> dict[str, Any]:
     """The kernel's constants of one encoding."""
     codec = encoding.codec
     rms = encoding.statistic == 'rms'
-    constants = {'ENCODE': device_codec(codec).encode, 'OFFSET': codec.offset, 'RMS': rms,
+    constants = {'ENCODE': device_codec(codec).encode, 'SATURATE': encoding.saturates, 'OFFSET': codec.offset,
+                 'RMS': rms,
                  'FACTOR': encoding.shrink * (1.0 if rms else 1.0 / codec.qmax), 'RULE': _RULES[encoding.rule],
                  'PER_TOKEN': encoding.per_token_head, 'BITS': codec.bits}
     return {name + suffix: value for name, value in constants.items()}

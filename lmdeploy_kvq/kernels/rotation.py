@@ -54,9 +54,9 @@ def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero):
     row = tl.arange(0, 16) + zero
     both = row[:, None] & row[None, :]
     both = both ^ (both >> 2)
-    sign = 1 - 2 * ((both ^ (both >> 1)) & 1)  # by the parity of the bits that row and column share
+    negative = ((both ^ (both >> 1)) & 1) != 0  # by the parity of the bits that row and column share
     low = tl.reshape(tl.permute(tl.reshape(x, (HIGH, 16, COLUMNS)), (1, 0, 2)), (16, HIGH * COLUMNS))
-    y = tl.dot((sign.to(tl.float32) * FACTOR).to(x.dtype), low, input_precision=PRECISION)
+    y = tl.dot(tl.where(negative, -FACTOR, FACTOR).to(x.dtype), low, input_precision=PRECISION)
     if HIGH >= 2:
         y = _butterflies(y, COLUMNS)
     if HIGH >= 4:
@@ -78,10 +78,28 @@ def load_columns(x_ptr, offset, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def mix_columns(x, FACTOR: tl.constexpr, LIMIT: tl.constexpr):
-    """Columns x [D, columns] of any float type, clamped to LIMIT, through :func:`hadamard_columns`: fp32."""
+def saturate(x, LIMIT: tl.constexpr, CAP: tl.constexpr):
+    """Numbers clamped to +-LIMIT, which their dtype holds; NaN becomes -LIMIT. Two 16-bit numbers at a time."""
+    if CAP == 0 or x.dtype == tl.float32:
+        return tl.minimum(tl.maximum(x, -LIMIT), LIMIT).to(x.dtype)
+    elif x.dtype == tl.float16:
+        return tl.inline_asm_elementwise('max.f16x2 $0, $1, $2; min.f16x2 $0, $0, $3;', '=&r,r,r,r',
+                                         [x, tl.full([1, 1], -LIMIT, tl.float16), tl.full([1, 1], LIMIT, tl.float16)],
+                                         dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise('max.bf16x2 $0, $1, $2; min.bf16x2 $0, $0, $3;', '=&r,r,r,r',
+                                         [x, tl.full([1, 1], -LIMIT, tl.bfloat16),
+                                          tl.full([1, 1], LIMIT, tl.bfloat16)],
+                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def mix_columns(x, FACTOR: tl.constexpr, CAP: tl.constexpr):
+    """Columns x [D, columns] of any float type through :func:`hadamard_columns`: fp32."""
     PRECISION: tl.constexpr = 'ieee' if x.dtype == tl.float32 else 'tf32'
-    return hadamard_columns(tl.minimum(tl.maximum(x.to(tl.float32), -LIMIT), LIMIT), FACTOR, PRECISION, 0)
+    if CAP == 0:
+        x = x.to(tl.float32)  # the interpreter multiplies the bits of bf16
+    return hadamard_columns(x, FACTOR, PRECISION, 0)
 
 
 @triton.jit
@@ -123,6 +141,24 @@ def power_below(largest):
     """The power of two at or below positive fp32 numbers; at least 2^-126."""
     power = (largest.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.maximum(power, 1.1754943508222875e-38)
+
+
+@triton.jit
+def normalize_columns(parts, PARTS: tl.constexpr):
+    """Columns, of any float type and in parts, as fp16: divided by a power of two near their largest element.
+
+    Returns:
+        (parts, power): the latter fp32 [columns].
+    """
+    largest = tl.max(tl.abs(parts[0].to(tl.float32)), 0)
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, tl.max(tl.abs(parts[part].to(tl.float32)), 0))
+    power = power_below(largest)
+    inverse = 1.0 / power
+    normalized = ()
+    for part in tl.static_range(PARTS):
+        normalized += ((parts[part].to(tl.float32) * inverse[None, :]).to(tl.float16), )
+    return normalized, power
 
 
 @triton.jit

@@ -11,14 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SMALL_SHARE = tl.constexpr(16)
-"""Tiles of a program up to which there may be fewer programs than fit the GPU: beyond, bandwidth is what counts."""
+ONE_EACH = tl.constexpr(8)
+"""Tiles per multiprocessor and KV head's share of them, up to which four warps on each are enough: see
+:func:`program_share`."""
+
+FEW_SEQUENCES = tl.constexpr(8)
+"""Sequences up to which it does not matter for that whether they are about as long."""
 
 FEWEST = tl.constexpr(0.625)
-"""The part of the programs that fit, that there are at least then."""
+"""The part of those programs, that there are at least where even shares are better than equal ones."""
 
 FEW_TILES = tl.constexpr(4)
 """Tiles that a program takes rather than leaving more results than are combined at once."""
+
+
+WHOLE = tl.constexpr(1)
+"""Sequences of 2^WHOLE tiles are not divided where none is longer: a tile takes less time than to combine results."""
 
 
 @triton.jit
@@ -67,32 +75,40 @@ def _ratio_up(a, b):
 
 
 @triton.jit
-def _fewer_programs(programs, longest, batch, total, target, PIECES: tl.constexpr):
-    """``programs``, or fewer where shares are small, for ``batch`` sequences; see :func:`program_share`."""
-    if total <= SMALL_SHARE * target:
-        share = _ratio_up(total, target)
-        short = longest <= FEW_TILES * PIECES
-        if (share > 1) | (short & (longest > PIECES)):
-            pieces = tl.maximum(_ratio(longest, share), 1)
-            few = (pieces > PIECES) & short
-            pieces = tl.where(few, PIECES, pieces)
-            pieces = _ratio_up(longest, _ratio_up(longest, pieces))  # as long as the longest of them with fewer
-            whole = _ratio_up(share, longest)  # sequences of a program, if it has any whole
-            aligned = _ratio_up(total * pieces, longest * whole)
-            alike = 4 * total >= 3 * batch * longest  # else what suits the longest sequence suits no other
-            programs = tl.where(few | (alike & (aligned >= programs * FEWEST)), aligned, programs)
+def _fewer_programs(programs, longest, batch, total, each, PIECES: tl.constexpr):
+    """``programs``, or fewer that divide ``batch`` sequences better; see :func:`program_share`."""
+    alike = 4 * total >= 3 * batch * longest
+    if alike | (batch <= FEW_SEQUENCES):
+        # A sequence more is several reads in a row: no fewer programs than sequences.
+        if (total <= ONE_EACH * each) & (batch <= each):
+            programs = tl.minimum(programs, each)
+        elif batch <= 2 * each:
+            programs = tl.minimum(programs, 2 * each)
+    share = _ratio_up(total, programs)
+    short = longest <= FEW_TILES * PIECES
+    if (share > 1) | (short & (longest > PIECES)):
+        pieces = tl.maximum(_ratio(longest, share), 1)
+        few = (pieces > PIECES) & short
+        pieces = tl.where(few, PIECES, pieces)
+        pieces = _ratio_up(longest, _ratio_up(longest, pieces))  # as long as the longest of them with fewer
+        whole = _ratio_up(share, longest)  # sequences of a program, if it has any whole
+        aligned = _ratio_up(total * pieces, longest * whole)
+        # Where they are not alike, what suits the longest sequence suits no other, but for one round of results.
+        aligned = tl.where(alike | few, aligned, _ratio(total * (PIECES - 1), longest))
+        programs = tl.where(few | ((aligned >= programs * FEWEST) & (aligned < programs)), aligned, programs)
     return programs
 
 
 @triton.jit
-def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr,
+def program_share(pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr,
                   BLOCK_N: tl.constexpr, BATCH: tl.constexpr, PIECES: tl.constexpr):
     """An equal share of a ragged batch's tiles for each of ``target`` programs or fewer, wherever sequences begin.
 
     Every program derives the same plan from the lengths on the device (CUDA graphs freeze the grid, not the lengths).
     This is the partition of stream-K matrix products (Osama et al., 2023, arXiv:2301.03598), with fewer programs where
-    shares are small: as many as leave few results of a sequence, or divide sequences of about one length evenly, or
-    take them whole. docs/performance.md has the measurements behind the limits.
+    shares are small: one or two on each multiprocessor, and of those as many as leave few results of a sequence, or
+    divide sequences of about one length evenly, or take them whole. docs/performance.md has the measurements behind
+    the limits.
 
     Lengths come in rows of 32, so that a warp has all of them and no sum needs a barrier.
 
@@ -100,12 +116,14 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
         pid: index of this program among ``target``.
         kv_lens_ptr: [batch] lengths.
         batch: sequences; ``BATCH`` is a power of two, as many or more.
+        each: of ``target``, how many make four warps on each multiprocessor.
+        most: tiles beyond which bandwidth is what counts, and all programs work.
         PIECES: results of a sequence that are combined at once, nearly.
 
     Returns:
-        (seq, skip, count, total, programs): the sequence to begin with and how many of its visible tiles others take
-        before, how many tiles to take from there on through the following sequences (0 for programs too many), all
-        tiles, and how many programs share them.
+        (seq, skip, count, total, programs, shift): the sequence to begin with and how many of its visible tiles others
+        take before, how many tiles to take from there on through the following sequences (0 for programs too many), all
+        tiles, and how many programs share them; all in units of 2^shift tiles, of which a sequence's last may be part.
     """
     ROW: tl.constexpr = BATCH if BATCH <= 32 else max(32, BATCH // 8)
     lane = tl.arange(0, ROW)
@@ -122,25 +140,32 @@ def program_share(pid, kv_lens_ptr, batch, target, QUERY_LEN: tl.constexpr, WIND
     total = row_totals[0]  # type: ignore[misc]
     for row in tl.static_range(1, BATCH // ROW):
         total += row_totals[row]
+    shift = batch * 0
+    if total <= batch << WHOLE:  # noqa: SIM102 - else some sequence has more, and there is nothing to reduce
+        if (tl.max(largest, 0) - 1) >> WHOLE == 0:
+            shift += WHOLE
+            total = batch * 1
+            largest = tl.minimum(largest, 1)
     programs = tl.minimum(target, total)
-    if total > PIECES:  # else there is nothing to gain
-        programs = _fewer_programs(programs, tl.max(largest, 0), batch, total, target, PIECES)
+    if (total > PIECES) & (total <= most):  # else there is nothing to gain
+        programs = _fewer_programs(programs, tl.max(largest, 0), batch, total, each, PIECES)
     begin = first_tile(pid, total, programs)
     count = tl.where(pid < programs, first_tile(pid + 1, total, programs) - begin, 0)
     # The row of the sequence to begin with, then its place there.
     seq, skip, tiles = begin * 0, begin, rows[0]  # type: ignore[misc]
-    above = row_totals[0]  # type: ignore[misc]
+    above = tl.where(shift > 0, ROW, row_totals[0])  # type: ignore[misc]
     for row in tl.static_range(1, BATCH // ROW):
         later = above <= begin
         tiles = tl.where(later, rows[row], tiles)
         seq = tl.where(later, row * ROW, seq)
         skip = tl.where(later, begin - above, skip)
-        above += row_totals[row]
+        above += tl.where(shift > 0, ROW, row_totals[row])  # too many of a row that is not full: none follows it
+    tiles = tl.where(shift > 0, tl.minimum(tiles, 1), tiles)
     ends = tl.cumsum(tiles, 0)
     over = ends <= skip
     seq += tl.sum(over.to(tl.int32), 0)
     skip -= tl.max(tl.where(over, ends, 0), 0)
-    return seq, skip, count, total, programs
+    return seq, skip, count, total, programs, shift
 
 
 @triton.jit

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from ..paged import PagedCache
 
 
+LEAD = 8
+"""Programs that do not count when they are spread over multiprocessors one by one: a Hopper GPU of 132 starts the first
+eight on eight of them, and then one on each in turn, these included."""
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """Launch parameters of the decode kernel; they change speed, never results beyond rounding.
@@ -76,6 +81,9 @@ class Workspace:
     Attributes:
         made_for: sequences, query tokens and query heads that its sizes fit.
         config, target, block_m: launch parameters, programs per KV head and tile of rows, and rows of a tile.
+        division: ``each``, ``most`` and ``lead``: programs per KV head and tile of rows that make four warps on each
+            multiprocessor; tiles up to which no more than twice as many work, or all of sequences of various lengths
+            (:func:`~lmdeploy_kvq.kernels.tiles.program_share`); and programs that get work last, for LEAD.
         partial: fp32 [(target + batch) * kv_heads * rows + block_m, PARTIAL]; combining reads past the last row.
         counters: int32, zero before the kernel begins and after it has ended.
         rotated: the query as the fill leaves it for formats that rotate K, or None.
@@ -84,6 +92,7 @@ class Workspace:
     config: DecodeConfig
     target: int
     block_m: int
+    division: tuple[int, int, int]
     partial: torch.Tensor
     counters: torch.Tensor
     rotated: torch.Tensor | None
@@ -97,7 +106,9 @@ class Workspace:
         block_m = min(max(8, triton.next_power_of_2(rows)), 32)
         config = config or default_config(cache, block_m, batch)
         grid_heads = kv_heads * triton.cdiv(rows, block_m)
-        target = config.programs or max(1, config.occupancy * multiprocessors(query.device) // grid_heads)
+        sms = multiprocessors(query.device)
+        target = config.programs or max(1, config.occupancy * sms // grid_heads)
+        each = max(1, sms * 4 // (config.num_warps * grid_heads))
         sizes = cache.sizes()
         levels = 1 + (target > FAN.value) + (target > FAN.value**2)
         row = query.size(2) + QUERY_TAIL.value
@@ -106,7 +117,9 @@ class Workspace:
                  levels * (target + batch) * grid_heads]
         memory = torch.empty(sum(parts), dtype=torch.float32, device=query.device)
         rotated, partial, counters = memory.split(parts)
-        return cls((batch, *query.shape[:2]), config, target, block_m, partial, counters.view(torch.int32),
+        wide = sizes['BLOCK_P'] + sizes['BLOCK_PV'] >= 256 and batch > 1
+        division = each, each * (64 if wide else 32), triton.cdiv(LEAD, grid_heads) % target
+        return cls((batch, *query.shape[:2]), config, target, block_m, division, partial, counters.view(torch.int32),
                    rotated.view(torch.float16).view(*query.shape[:2], row) if cache.k_transform is not None else None)
 
     def prepare(self, query: torch.Tensor, cache: PagedCache) -> Workspace:
