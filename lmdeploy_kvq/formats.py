@@ -2,7 +2,7 @@
 
 Everything else (allocation, CLI names, capacity, kernels' codec choice, tests, README table) is derived from
 :data:`FORMATS`. Adding a format is one :class:`KVFormat` entry below; only new arithmetic needs a new
-:class:`Codec` with its device pair in ``kernels/codecs.py`` and its reference pair in ``reference.py``.
+:class:`Codec` with its device functions in ``kernels/encode.py`` and ``codecs.py`` and its pair in ``reference.py``.
 """
 from __future__ import annotations
 

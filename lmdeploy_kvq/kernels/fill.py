@@ -317,11 +317,12 @@ def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, b
         return tile, 4 if tile <= 16 else 8
     if tokens > 512:
         return 32, 4
-    tile = max(1, 128 // min(cache.head_dim, cache.v_head_dim)) if butterflies else 1  # products have eight columns
+    # Few steps, for every size is compiled. Products of butterflies have eight columns, of one row or of several.
+    first = max(1, 128 // min(cache.head_dim, cache.v_head_dim)) if butterflies else 1
+    steps = [(tile, warps) for tile, warps in ((first, 1), (4 * first, 1), (32, 4) if butterflies else (8, 1))
+             if tile // warps * dim <= 1024]
     programs = (6 if butterflies else 2) * sms
-    while rows > programs * tile and tile < 8 and min(4 * tile, 8) * dim <= 1024:
-        tile = min(4 * tile, 8)  # in large steps: every size is compiled
-    return tile, 1
+    return next((step for step in steps if rows <= programs * step[0]), steps[-1])
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:

@@ -57,7 +57,9 @@ def default_config(cache: PagedCache, block_m: int, batch: int) -> DecodeConfig:
     if block_m > 8:
         config = DecodeConfig(128 if row <= 256 and block_m <= 16 else 64, occupancy=4, num_warps=2)
     elif row <= 128 and batch > 1:
-        config = DecodeConfig(64, occupancy=12, num_warps=1, maxnreg=168)
+        config = DecodeConfig(64, occupancy=8, num_warps=1, num_stages=3, maxnreg=168 if row < 128 else None)
+    elif sizes['PARTS'] * sizes['PARTSV'] > 1 and batch > 1:
+        config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3)
     elif row <= 128 or sizes['PARTS'] * sizes['PARTSV'] > 1:
         config = DecodeConfig(64, occupancy=6, num_warps=2, maxnreg=168)
     elif row <= 256:
