@@ -260,3 +260,14 @@ def test_fill_tiles_are_swept_on_the_same_pages(name):
     with pytest.MonkeyPatch.context() as patch:  # another V for the tile than for the rule
         patch.setattr(tune_fill.KERNEL, 'fill', lambda k, v, *rest: kernel(k, v + next(shift), *rest))
         assert not tune_fill.same_pages(ours, (4, 2))
+
+
+def test_a_sweep_takes_the_configurations_it_is_given():
+    """Those of ``--configs``; zeros are for others to choose, and nothing is what serving takes."""
+    import tune_decode
+
+    from lmdeploy_kvq.kernels.workspace import DecodeConfig
+    assert tune_decode.config_of(tune_decode.parse('default')) is None
+    assert tune_decode.config_of(tune_decode.parse('64:3:4:3:168')) == DecodeConfig(64, 3, 4, 3, 168)
+    assert tune_decode.config_of(tune_decode.parse('128:2:8:2:0:33')) == DecodeConfig(128, 2, 8, 2, None, 33)
+    assert tune_decode.config_of(tune_decode.parse('64:1:4:4')) == DecodeConfig(64, 1, 4, 4)

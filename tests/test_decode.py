@@ -1,4 +1,5 @@
 """Paged attention against attention in float64 over the same decoded cache, feature by feature."""
+import dataclasses
 import functools
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import by_name, covering, finite, frobenius, problem, python
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.kernels.decode import decode
-from lmdeploy_kvq.kernels.workspace import DecodeConfig
+from lmdeploy_kvq.kernels.workspace import DecodeConfig, Workspace
 
 EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
 FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
@@ -242,6 +243,22 @@ def test_splits_change_nothing_but_rounding(fmt, block_n, programs, window, devi
     expected = oracle(query, p, 2, **features)
     assert finite(out) and frobenius(out, expected) <= BOUND
     assert not out[2:4].any() and not out[6].any() and out[7].any()
+
+
+@pytest.mark.parametrize('division', [(1, 1 << 20, 0), (2, 64, 1), (3, 0, 5), (7, 1 << 20, 6)])
+@FORMATS
+def test_the_division_of_work_changes_nothing_but_rounding(fmt, division, device):
+    """Whichever programs work, in whatever order; sequences of one or two tiles, and longer ones."""
+    for lens in ([97, 128, 3, 64], [300, 0, 65, 1, 500]):
+        p = problem(fmt, lens, device=device)
+        query, config = queries(p, 1, 4), DecodeConfig(64, 4, programs=7)
+        out = torch.empty_like(query)
+        workspace = Workspace.allocate(query, p.cache, len(lens), 1, config)
+        workspace = dataclasses.replace(workspace, division=division).prepare(query, p.cache)
+        decode(query, p.cache, p.block_table, p.kv_lens, out, query_len=1, sm_scale=query.size(-1)**-0.5,
+               workspace=workspace)
+        assert frobenius(out, oracle(query, p, 1)) <= BOUND
+        assert not workspace.counters.any()  # as they were
 
 
 @FORMATS
