@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from bench_fill import COPIES, Ours, copy_bandwidth, make_data
+from bench_fill import LAUNCHES, Ours, copy_bandwidth, make_data
 from benchlib import graph_us, print_table, write_results
 
 import lmdeploy_kvq as kvq
@@ -75,7 +75,7 @@ def main() -> None:
                 try:
                     same = tile is None or same_pages(ours, tile)
                     with launched_with(tile) as used:
-                        us = graph_us(ours, COPIES)
+                        us = graph_us(ours, LAUNCHES)
                 except Exception as error:  # a tile that this format or GPU cannot have; the others can
                     print(shape, load, name, tile, type(error).__name__, str(error)[:100])
                     continue
