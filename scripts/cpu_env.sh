@@ -39,4 +39,7 @@ pip "$torch" 2>/dev/null || pip --extra-index-url "$index" "$torch" || {
 pip "$torch" -r cpu-requirements.txt -r "$env/tools.txt"
 pip --no-deps "${without_dependencies[@]}"
 pip --no-deps --no-build-isolation -e .
+# LMDeploy imports yapf, which writes its grammar into the user's cache when it is first imported, in place: of two test
+# workers that import it at once, one can find half a file.
+"$env/bin/python" -c 'import yapf'
 echo "$stamp" >"$env/.stamp"
