@@ -16,9 +16,10 @@
 #   faults    killed engines, hostile requests, model folders side by side, then memory: about five minutes
 #   soak      three servers under load, side by side: about nine minutes
 #   sanitize  every kernel under compute-sanitizer: up to ten minutes
-# Tests add their outcomes to OUT/compatibility_gpu.json, and leave their programs' files there. Whatever runs is interrupted END seconds (default 580) after
-# the start, so that it can still write what it has. One GPU's parts beside another's, longer than a call may take, from
-# a copy that later calls do not touch:
+#   two       on two GPUs: kernels, then bench on one and engine on the other, then engines on both: twelve minutes
+# Tests add their outcomes to OUT/compatibility_gpu.json, and leave their programs' files there. Whatever runs is
+# interrupted END seconds (default 580) after the start, so that it can still write what it has. What takes longer than a
+# call may, or one GPU's parts beside another's, from a copy that later calls do not touch:
 #   cp -a . ~/copy; cd ~/copy; CUDA_VISIBLE_DEVICES=1 END=1500 setsid nohup scripts/gpu_session.sh ~/results matrix ways &
 set -u
 out=$1; shift; mkdir -p "$out"
@@ -37,6 +38,7 @@ tests() {  # SECONDS NAME WORKERS TESTS
   run "$1" "$2" make --no-print-directory test-gpu-engines ENGINES="$3" \
     ARGS="--durations=0 --evidence $out/compatibility_gpu.json --results $out -k '$4'"
 }
+again() { END=$((${END:-580} - SECONDS + start)) "$0" "$out" "$@"; }  # this script, for the time that is left
 for part in "$@"; do
   echo "== $part begins, $((SECONDS - start)) s"
   case $part in
@@ -69,6 +71,13 @@ for part in "$@"; do
     run 280 memory python3 -m pytest -q -p no:cacheprovider tests/test_faults_gpu.py -k alone_memory_runs_out ;;
   soak) run 590 soak python3 scripts/soak.py --minutes 5.5 --parallel --out "$out" ;;
   sanitize) run 590 sanitize python3 scripts/sanitize.py --log "$out" --out "$out" ;;
+  two)
+    JOBS=${JOBS:-$(($(nproc) * 15 / 16))} again kernels
+    CUDA_VISIBLE_DEVICES=0 again bench &
+    CUDA_VISIBLE_DEVICES=1 again engine &
+    wait
+    run 260 engine_tp2 python3 scripts/bench_engine.py --tp 2 --executor mp --out "$out/tp2" \
+      --policies none,fp8_per_token_head,int8_per_token_head ;;
   *) echo "unknown part: $part" >&2; exit 2 ;;
   esac
 done
