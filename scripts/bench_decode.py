@@ -220,14 +220,15 @@ def make_query(load: Load, heads: int, dim: int, query_len: int) -> torch.Tensor
     return torch.randn((len(load.lens) * query_len, heads, dim), dtype=torch.bfloat16, device='cuda')
 
 
-def compile_kernels(name: str, shape: str, page: int, launches: list[tuple[str, int]]) -> None:
+def compile_kernels(name: str, shape: str, page: int, launches: list[tuple[str, int]],
+                    config: dict | None = None) -> None:
     """Launch once what will be measured, on a pool of a few pages, so that Triton's cache on disk has it."""
     heads, kv_heads, dim = map(int, shape.split('x'))
     kind, _, policy = name.partition(':')
     contender = None
     for spec, query_len in launches:
         load = Load.small(spec, page)
-        contender = contender or KINDS[kind](policy, load, page, kv_heads, dim, {})
+        contender = contender or KINDS[kind](policy, load, page, kv_heads, dim, config or {})
         contender(make_query(load, heads, dim, query_len), load.tables[0], load.lens, query_len)
     torch.cuda.synchronize()
 

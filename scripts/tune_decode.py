@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from bench_decode import CHECKED_TOKENS, Load, Ours, make_query, measure
+from bench_decode import CHECKED_TOKENS, Load, Ours, compile_kernels, make_query, measure
 from benchlib import print_table, read_us, write_results
 
 from lmdeploy_kvq.kernels.workspace import DecodeConfig
@@ -31,19 +31,9 @@ def parse(text: str) -> Chosen:
     return {} if text == 'default' else dict(zip(PARAMETERS, [*map(int, text.split(':')), 0, 0]))
 
 
-def config_of(chosen: Chosen) -> DecodeConfig | None:
-    return DecodeConfig(**{name: value or None for name, value in chosen.items()}) if chosen else None  # type: ignore[arg-type]
-
-
-def compile_kernels(fmt: str, shape: str, page: int, loads: list[str], chosen: Chosen) -> None:
-    """Launch once what will be measured, on a pool of a few pages, so that Triton's cache on disk has it."""
-    heads, kv_heads, dim = map(int, shape.split('x'))
-    for spec in loads:
-        load = Load.small(spec, page)
-        ours = Ours(fmt, load, page, kv_heads, dim, {})
-        ours.config = config_of(chosen)
-        ours(make_query(load, heads, dim, 1), load.tables[0], load.lens, 1)
-    torch.cuda.synchronize()
+def options(chosen: Chosen) -> dict[str, int | None]:
+    """Of DecodeConfig."""
+    return {name: value or None for name, value in chosen.items()}
 
 
 def sweep(fmt: str, shape: str, page: int, loads: list[str], configs: list[Chosen]) -> list[list[dict]]:
@@ -57,7 +47,7 @@ def sweep(fmt: str, shape: str, page: int, loads: list[str], configs: list[Chose
         query = make_query(load, heads, dim, 1)
         found = []
         for chosen in configs:
-            ours.config = config_of(chosen)
+            ours.config = DecodeConfig(**options(chosen)) if chosen else None
             try:
                 us = measure(ours, load, query, 1)
             except Exception as error:
@@ -101,8 +91,8 @@ def main() -> None:
     if args.jobs:
         compiled = {tuple({**chosen, 'programs': 0}.items()): chosen for chosen in configs}.values()
         with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context('spawn')) as executor:
-            for task in [executor.submit(compile_kernels, *pool, loads, chosen)
-                         for pool in pools for chosen in compiled]:
+            for task in [executor.submit(compile_kernels, f'kvq:{fmt}', shape, page, [(load, 1) for load in loads],
+                                         options(chosen)) for fmt, shape, page in pools for chosen in compiled]:
                 task.exception()  # what fails here fails again, and is told, later
     rows: list[dict] = []
     for pool in pools:

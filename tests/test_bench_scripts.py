@@ -267,7 +267,11 @@ def test_a_sweep_takes_the_configurations_it_is_given():
     import tune_decode
 
     from lmdeploy_kvq.kernels.workspace import DecodeConfig
-    assert tune_decode.config_of(tune_decode.parse('default')) is None
-    assert tune_decode.config_of(tune_decode.parse('64:3:4:3:168')) == DecodeConfig(64, 3, 4, 3, 168)
-    assert tune_decode.config_of(tune_decode.parse('128:2:8:2:0:33')) == DecodeConfig(128, 2, 8, 2, None, 33)
-    assert tune_decode.config_of(tune_decode.parse('64:1:4:4')) == DecodeConfig(64, 1, 4, 4)
+
+    def config(text: str) -> DecodeConfig:
+        return DecodeConfig(**tune_decode.options(tune_decode.parse(text)))
+
+    assert tune_decode.parse('default') == {}
+    assert config('64:3:4:3:168') == DecodeConfig(64, 3, 4, 3, 168)
+    assert config('128:2:8:2:0:33') == DecodeConfig(128, 2, 8, 2, None, 33)
+    assert config('64:1:4:4') == DecodeConfig(64, 1, 4, 4)
