@@ -78,6 +78,7 @@ def test_every_tile_once_and_evenly(seed):
 
 @pytest.mark.parametrize('tiles, target, each, pieces, programs', [
     ([32], 49, 16, 16, 16),  # two levels of combining otherwise
+    ([64], 49, 16, 16, 16),
     ([128], 49, 16, 16, 16),  # one on each multiprocessor of eight KV heads
     ([256], 49, 16, 16, 32),  # two
     ([81, 3, 6, 68], 49, 16, 16, 29),  # as many as leave sixteen results of the longest

@@ -184,14 +184,13 @@ def rotate_columns(x_ptr, offset, valid, matrix_ptr, D: tl.constexpr, PART: tl.c
             matrices += (tl.load(matrix_ptr + ((part * PART + byte) * D)[:, None] + dim[None, :],
                                  mask=there[:, None] & (dim < D)[None, :], other=0.0), )
     x = tl.minimum(tl.maximum(x.to(tl.float32), -LIMIT), LIMIT)
-    power = power_below(tl.max(tl.abs(x), 0))
-    inverse = 1.0 / power
+    normalized, power = normalize_columns((x, ), 1)
     parts = ()
     if BLOCK_P * PARTS * BLOCK_D <= 16384:
-        x = (x * inverse[None, :]).to(tl.float16)
         for part in tl.static_range(PARTS):
-            parts += (tl.dot(matrices[part], x) * power[None, :], )
+            parts += (tl.dot(matrices[part], normalized[0]) * power[None, :], )
     else:
+        inverse = 1.0 / power
         for part in tl.static_range(PARTS):
             there = (byte < PART) & (part * PART + byte < D)
             out = tl.zeros([BLOCK_P, offset.shape[0]], tl.float32)

@@ -24,7 +24,6 @@ FEWEST = tl.constexpr(0.625)
 FEW_TILES = tl.constexpr(4)
 """Tiles that a program takes rather than leaving more results than are combined at once."""
 
-
 WHOLE = tl.constexpr(1)
 """Sequences of 2^WHOLE tiles are not divided where none is longer: a tile takes less time than to combine results."""
 

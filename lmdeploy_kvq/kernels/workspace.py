@@ -45,6 +45,12 @@ class DecodeConfig:
         return min(self.num_warps, self.block_n // 16)
 
 
+def _token_bytes(cache: PagedCache) -> int:
+    """Bytes that a token has in a tile of K and in one of V."""
+    sizes = cache.sizes()
+    return sizes['BLOCK_P'] + sizes['BLOCK_PV']
+
+
 def default_config(cache: PagedCache, block_m: int, batch: int) -> DecodeConfig:
     """Launch parameters for a cache, its GPU, a number of query rows per program, and of sequences.
 
@@ -52,8 +58,7 @@ def default_config(cache: PagedCache, block_m: int, batch: int) -> DecodeConfig:
     its multiprocessors, not more. With fewer registers than 168, what combines results spills. Programs of one warp
     wait for nobody, but there are many of them, each with results of its own: not for a single sequence.
     """
-    sizes = cache.sizes()
-    row = sizes['BLOCK_P'] + sizes['BLOCK_PV']  # bytes of a token
+    sizes, row = cache.sizes(), _token_bytes(cache)
     if block_m > 8:
         config = DecodeConfig(128 if row <= 256 and block_m <= 16 else 64, occupancy=4, num_warps=2)
     elif row <= 128 and batch > 1:
@@ -119,7 +124,7 @@ class Workspace:
                  levels * (target + batch) * grid_heads]
         memory = torch.empty(sum(parts), dtype=torch.float32, device=query.device)
         rotated, partial, counters = memory.split(parts)
-        wide = sizes['BLOCK_P'] + sizes['BLOCK_PV'] >= 256 and batch > 1
+        wide = _token_bytes(cache) >= 256 and batch > 1
         division = each, each * (64 if wide else 32), triton.cdiv(LEAD, grid_heads) % target
         return cls((batch, *query.shape[:2]), config, target, block_m, division, partial, counters.view(torch.int32),
                    rotated.view(torch.float16).view(*query.shape[:2], row) if cache.k_transform is not None else None)
