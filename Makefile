@@ -37,9 +37,10 @@ demo:  ## a real server where there is a GPU, else the same model and prompt thr
 	then set -x; $(PYTHON) scripts/demo.py; \
 	else set -x; $(MAKE) --no-print-directory env && $(bin)/python scripts/demo.py; fi
 
-bench:  ## every speed that README and docs state, on one GPU: about ten minutes
+bench:  ## every speed that README and docs state, on one GPU: about twelve minutes
 	$(PYTHON) scripts/bench_decode.py --preset all
 	$(PYTHON) scripts/bench_fill.py
+	$(PYTHON) scripts/bench_layer.py
 	$(PYTHON) scripts/bench_prefill.py
 	$(PYTHON) scripts/bench_engine.py
 

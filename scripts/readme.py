@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -123,23 +124,35 @@ def decode(preset: str = 'targets', name: str = 'decode') -> str:
     rows = [row for row in results(name) if KNOWN[preset].holds(row)]
     if not rows:
         return NOT_MEASURED
+    keys = {'shape': 'shape', 'load': 'load', 'page': 'page'}
+    if any(row['query_len'] != 1 for row in rows):
+        keys['query'] = 'query_len'
+    return by_policy(rows, keys, lambda row: f'{row["us"]:.1f} us, {row["read_fraction"]:.0%}') + measured(name)
+
+
+def by_policy(rows: list[dict], keys: dict[str, str], cell: Callable[[dict], str]) -> str:
+    """A column per policy behind those of ``keys`` {header: field}: what ``cell`` says, and time against bf16's."""
     columns = list(dict.fromkeys((row['contender'], row['policy']) for row in rows))
     lines: dict[tuple, dict] = {}
     for row in rows:
-        key = row['shape'], row['load'], row['page'], row['query_len']
-        lines.setdefault(key, {})[row['contender'], row['policy']] = row
+        lines.setdefault(tuple(row[key] for key in keys.values()), {})[row['contender'], row['policy']] = row
 
-    def cell(row: dict | None) -> str:
+    def text(row: dict | None) -> str:
         if row is None:
             return ''
-        speed = '' if (row['contender'], row['policy']) == ('lmdeploy', 0) else f', {number(row, "vs_bf16", ".2f")}x'
-        return f'{row["us"]:.1f} us, {row["read_fraction"]:.0%}{speed}'
+        return cell(row) + ('' if (row['contender'], row['policy']) == ('lmdeploy', 0) else
+                            f', {number(row, "vs_bf16", ".2f")}x')
 
-    queries = any(key[3] != 1 for key in lines)
-    header = ['shape', 'load', 'page', *(['query'] if queries else []), *(label(*column) for column in columns)]
-    return table(header, [[shape, load, str(page), *([str(query)] if queries else []),
-                           *(cell(found.get(column)) for column in columns)]
-                          for (shape, load, page, query), found in lines.items()]) + measured(name)
+    return table([*keys, *(label(*column) for column in columns)],
+                 [[*map(str, line), *(text(found.get(column)) for column in columns)]
+                  for line, found in lines.items()])
+
+
+def layer() -> str:
+    """The committed times of a layer's two launches."""
+    rows = results('layer')
+    return by_policy(rows, {'shape': 'shape', 'load': 'load'}, lambda row: f'{row["us"]:.1f} us') + measured('layer') \
+        if rows else NOT_MEASURED
 
 
 def targets() -> str:
@@ -247,7 +260,7 @@ def accuracy_targets() -> str:
 PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
          'targets': targets, 'missed-targets': missed_targets,
-         'engine': engine, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
+         'engine': engine, 'layer': layer, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),

@@ -174,6 +174,7 @@ def test_ctrl_c_of_a_real_process(folder, tmp_path):
     code = f"""
 import os, signal, sys
 from lmdeploy_kvq import cli, hf_observer, kvstats
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
 update, count = kvstats.ModelStatistics.update, [0]
 def slow(self, *args):
     update(self, *args)

@@ -60,9 +60,9 @@ def query_operands(normalized, BITS: tl.constexpr, PARTS: tl.constexpr):
         (queries, total): parts, divided by what codes are multiplied with by where they stand in their byte; and the
         sums of the rows, fp32 [rows].
     """
-    queries = ()
-    total = tl.sum(normalized[0].to(tl.float32), 0) * 0.0
-    for part in tl.static_range(PARTS):
+    queries = (normalized[0], )
+    total = tl.sum(normalized[0].to(tl.float32), 0)
+    for part in tl.static_range(1, PARTS):
         query = normalized[part] * (1.0 / (1 << (BITS * part)))
         total += tl.sum(query.to(tl.float32), 0) * (1 << (BITS * part))
         queries += (query, )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .attend import LOG2E
-from .rotation import hadamard_columns, power_below, rotate_back, split_parts
+from .rotation import hadamard_columns, normalize_columns, rotate_back, split_parts
 
 FAN = tl.constexpr(16)
 """Results that one program combines."""
@@ -111,8 +111,8 @@ def finish(out_ptrs, mask, m, l, acc, sinks_ptrs, matrix_ptr, out_scale, zero, D
         tl.store(out_ptrs[None, :] + dim[:, None], (acc * factor[None, :]).to(out_ptrs.dtype.element_ty),
                  mask=mask[None, :] & (there & (dim < DV))[:, None])
     else:
-        power = power_below(tl.max(tl.abs(acc), 0))
-        stored = (acc / power[None, :]).to(tl.float16)
+        normalized, power = normalize_columns((acc, ), 1)
+        stored = normalized[0]
         factor = power * factor
         if HADAMARDV != 0:
             dim = tl.arange(0, DV)

@@ -59,14 +59,19 @@ def default_config(cache: PagedCache, block_m: int, batch: int) -> DecodeConfig:
     wait for nobody, but there are many of them, each with results of its own: not for a single sequence.
     """
     sizes, row = cache.sizes(), _token_bytes(cache)
-    if block_m > 8:
-        config = DecodeConfig(128 if row <= 256 and block_m <= 16 else 64, occupancy=4, num_warps=2)
+    whole = sizes['PARTS'] * sizes['PARTSV'] == 1  # a byte is a code
+    if block_m > 16:
+        config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3 if whole and row <= 256 else 2)
+    elif block_m > 8:
+        config = DecodeConfig(128 if row <= 256 else 64, occupancy=4, num_warps=2)
+    elif row <= 128 and batch > 1 and whole:
+        config = DecodeConfig(64, occupancy=12, num_warps=1, maxnreg=168)
     elif row <= 128 and batch > 1:
         config = DecodeConfig(64, occupancy=8, num_warps=1, num_stages=3, maxnreg=168 if row < 128 else None)
-    elif sizes['PARTS'] * sizes['PARTSV'] > 1 and batch > 1:
+    elif row <= 128:
+        config = DecodeConfig(64, occupancy=6, num_warps=2, num_stages=3, maxnreg=168)
+    elif not whole:
         config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3)
-    elif row <= 128 or sizes['PARTS'] * sizes['PARTSV'] > 1:
-        config = DecodeConfig(64, occupancy=6, num_warps=2, maxnreg=168)
     elif row <= 256:
         config = DecodeConfig(64, occupancy=3, num_stages=3, maxnreg=168)
     else:
