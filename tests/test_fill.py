@@ -1,4 +1,5 @@
 """Writing new tokens: codes and scales against the reference, and every byte that must not change."""
+import importlib
 import itertools
 import math
 from dataclasses import replace
@@ -99,6 +100,27 @@ def test_pages_do_not_depend_on_the_size_of_a_piece(fmt, pieces, calibrated, dev
     assert len(pages[0]) == (4 if fmt.per_token_head else 2)
     for whole, in_pieces in zip(*pages):
         assert torch.equal(whole, in_pieces)
+
+
+@pytest.mark.parametrize('dim', [64, 256])
+@FORMATS
+def test_every_tile_writes_the_same_pages(fmt, dim, device, monkeypatch):
+    """Rows per program and warps, as few as one token has and as many as a prompt: every byte."""
+    kernel = importlib.import_module('lmdeploy_kvq.kernels.fill')
+    tokens, heads, pages = 9 if interpreted() else 300, 2, []
+    generator = torch.Generator().manual_seed(6)
+    key, value = torch.randn((2, tokens, heads, dim), generator=generator).bfloat16().to(device)
+    for tile in ((2, 1), (4, 1), (8, 1), (8, 2), (32, 4)):
+        monkeypatch.setattr(kernel, '_tile', lambda *args, tile=tile: tile)
+        cache = kvq.PagedCache.allocate(fmt, tokens // 16 + 1, 16, heads, dim, device=device)
+        for tensor in cache.tensors()[:4]:
+            if tensor is not None:
+                tensor.view(torch.uint8).fill_(0xFF)
+        kvq.reshape_and_cache(key, value, cache, torch.arange(tokens, device=device))
+        pages.append([x.view(torch.uint8).cpu() for x in cache.tensors()[:4] if x is not None])
+    assert pages[0][0].ne(0xFF).any()
+    for others in pages[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(pages[0], others))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
