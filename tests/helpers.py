@@ -20,6 +20,12 @@ MODEL = os.path.expanduser(os.environ.get('KVQ_MODEL', '~/models/smollm2'))
 POISON = 0xFF
 """Fills every unused byte: NaN as fp8 code (e4m3, e5m2) and as fp32 scale."""
 
+RUN_CLI = """
+from lmdeploy.cli.entrypoint import run
+run()
+"""
+"""The command ``lmdeploy``, its arguments behind it."""
+
 
 def by_name(value: object) -> str | None:
     """Test ids of formats."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import MODEL, clean_environment, python
-from test_hook import REFUSED, with_version
+from test_hook_unknown import REFUSED, with_version
 from wheels import OLDER, ROOT, NoWheel, unpacked
 
 from lmdeploy_kvq import FORMATS, hook, versions
