@@ -110,10 +110,11 @@ class Ours:
 
     def __init__(self, name: str, load: Load, page: int, kv_heads: int, dim: int, config: dict):
         self.format = kvq.get_format(name)
-        self.cache = kvq.PagedCache.allocate(self.format, load.pool_blocks, page, kv_heads, dim)
+        device = load.lens.device
+        self.cache = kvq.PagedCache.allocate(self.format, load.pool_blocks, page, kv_heads, dim, device=device)
         self.config = DecodeConfig(**config) if config else None  # None: what serving takes
         self.workspaces: dict[tuple, Workspace] = {}
-        offset = torch.arange(page, device='cuda')
+        offset = torch.arange(page, device=device)
         fill_random(lambda k, v, blocks: kvq.reshape_and_cache(
             k, v, self.cache, (blocks[:, None] * page + offset).flatten()), load.pool_blocks, page, kv_heads, dim)
         self.policy = self.format.policy

@@ -48,7 +48,7 @@ class OurLayer(Ours):
     def __call__(self, query, table, lens, query_len):
         made = self.__dict__.setdefault('made', {})
         key, value, q_start, q_lens = new_tokens(query, self.cache.num_kv_heads, made)
-        workspace = Workspace.allocate(query, self.cache, len(lens), query_len)
+        workspace = Workspace.allocate(query, self.cache, len(lens), query_len, self.config)
         fill(key, value, self.cache, TokenLayout(q_start=q_start, q_lens=q_lens, kv_lens=lens, block_table=table,
                                                  uniform_query_len=query_len), workspace.inputs(query))
         return decode(query, self.cache, table, lens, torch.empty_like(query), query_len=query_len,

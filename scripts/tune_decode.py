@@ -6,6 +6,9 @@
 
 The first takes every combination, the second those listed, BLOCK_N:OCCUPANCY:WARPS:STAGES:REGISTERS:PROGRAMS (0, or
 left out, for none) or "default", what serving takes. Other processes compile first. Writes decode_sweep.json.
+
+Attention alone begins on an empty GPU. In an engine it follows the fill, so that a choice is to be confirmed with
+--behind-fill, which times both.
 """
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from pathlib import Path
 
 import torch
 from bench_decode import CHECKED_TOKENS, Load, Ours, compile_kernels, make_query, measure
+from bench_layer import OurLayer
 from benchlib import print_table, read_us, write_results
 
-from lmdeploy_kvq.kernels.workspace import DecodeConfig
+from lmdeploy_kvq.kernels.workspace import DecodeConfig, Workspace
 
 PARAMETERS = ('block_n', 'occupancy', 'num_warps', 'num_stages', 'maxnreg', 'programs')
 
@@ -36,11 +40,12 @@ def options(chosen: Chosen) -> dict[str, int | None]:
     return {name: value or None for name, value in chosen.items()}
 
 
-def sweep(fmt: str, shape: str, page: int, loads: list[str], configs: list[Chosen]) -> list[list[dict]]:
+def sweep(fmt: str, shape: str, page: int, loads: list[str], configs: list[Chosen],
+          behind_fill: bool = False) -> list[list[dict]]:
     """Of every load: a row per configuration, the fastest first."""
     heads, kv_heads, dim = map(int, shape.split('x'))
     built = Load.build_all(loads, page, 2 * kv_heads * dim)
-    ours = Ours(fmt, next(iter(built.values())), page, kv_heads, dim, {})
+    ours = (OurLayer if behind_fill else Ours)(fmt, next(iter(built.values())), page, kv_heads, dim, {})
     tables = []
     for spec, load in built.items():
         read = read_us(int(ours.bytes_per_token * int(load.lens.sum())))
@@ -53,10 +58,11 @@ def sweep(fmt: str, shape: str, page: int, loads: list[str], configs: list[Chose
             except Exception as error:
                 print(shape, spec, page, chosen, type(error).__name__, str(error)[:100])
                 continue
-            used = next(iter(ours.workspaces.values())).config
+            used = Workspace.allocate(query, ours.cache, len(load.lens), 1, ours.config).config
             checked = int(load.lens[:4].sum()) <= CHECKED_TOKENS
             found.append({'shape': shape, 'load': spec, 'page': page, 'format': fmt,
-                          **{name: getattr(used, name) or 0 for name in PARAMETERS}, 'default': not chosen, 'us': us,
+                          **{name: getattr(used, name) or 0 for name in PARAMETERS}, 'default': not chosen,
+                          'behind_fill': behind_fill, 'us': us,
                           'read_fraction': read / us,
                           'error': ours.error(query, load.tables[0], load.lens, 1) if checked else None})
         tables.append(sorted(found, key=lambda row: row['us']))
@@ -76,6 +82,7 @@ def main() -> None:
     parser.add_argument('--num-stages', default='2,3')
     parser.add_argument('--maxnreg', default='0', help='register limits, 0 for none')
     parser.add_argument('--programs', default='0', help='programs per KV head, 0 for as many as run at once')
+    parser.add_argument('--behind-fill', action='store_true', help='time the fill and the attention behind it')
     parser.add_argument('--jobs', type=int, default=12, help='processes that compile first, 0: none')
     parser.add_argument('--out', type=Path, default=None, help='folder of the result file')
     parser.add_argument('--top', type=int, default=3)
@@ -96,7 +103,7 @@ def main() -> None:
                 task.exception()  # what fails here fails again, and is told, later
     rows: list[dict] = []
     for pool in pools:
-        for found in sweep(*pool, loads, configs):
+        for found in sweep(*pool, loads, configs, args.behind_fill):
             rows += found if args.all else found[:args.top]
         torch.cuda.empty_cache()
     print_table(rows, list(rows[0]))

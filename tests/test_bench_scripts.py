@@ -262,6 +262,22 @@ def test_fill_tiles_are_swept_on_the_same_pages(name):
         assert not tune_fill.same_pages(ours, (4, 2))
 
 
+@pytest.mark.parametrize('name', ['fp8_per_token_head', 'int4_per_token_head'])
+def test_a_layer_writes_its_tokens_and_attends_to_them(name, monkeypatch):
+    import bench_layer
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    lens, table = torch.tensor([20, 1], dtype=torch.int32), torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
+    monkeypatch.setattr(bench_decode, 'fill_random', lambda *args: None)
+    load = bench_decode.Load(lens.to(device), [table.to(device)], 4)
+    layer = bench_layer.OurLayer(name, load, 16, 2, 64, {})
+    for tensor in layer.cache.tensors()[:4]:
+        tensor.view(torch.uint8).zero_()
+    query = torch.randn((2, 4, 64), dtype=torch.bfloat16, device=device)
+    assert layer.error(query, load.tables[0], load.lens, 1) < 5e-3
+    written = layer.cache.k_codes.view(torch.uint8).ne(0).any(-1).any(1).nonzero().tolist()
+    assert written == [[2, 3], [3, 0]]  # page and slot of each sequence's last token
+
+
 def test_a_sweep_takes_the_configurations_it_is_given():
     """Those of ``--configs``; zeros are for others to choose, and nothing is what serving takes."""
     import tune_decode
