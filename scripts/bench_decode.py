@@ -120,15 +120,20 @@ class Ours:
         self.policy = self.format.policy
         self.bytes_per_token = self.cache.nbytes / (load.pool_blocks * page)
 
-    def __call__(self, query, table, lens, query_len):
-        # As the engine calls it, after the fill, which prepares the workspace (bench_fill.py has the time of that).
+    def workspace(self, query, table, lens, query_len) -> Workspace:
+        """What a fill leaves: prepared once for a query (bench_fill.py has the time of that)."""
         # Memory that one batch's queries had comes back as another's.
         key = (query.data_ptr(), query.shape, query_len, self.config)
         if key not in self.workspaces:
             self.workspaces = {key: Workspace.allocate(query, self.cache, len(lens), query_len,
                                                        self.config).prepare(query, self.cache)}
+        return self.workspaces[key]
+
+    def __call__(self, query, table, lens, query_len):
+        # As the engine calls it, after the fill.
         return decode(query, self.cache, table, lens, torch.empty_like(query), query_len=query_len,
-                      sm_scale=query.size(-1)**-0.5, workspace=self.workspaces[key], filled=True)
+                      sm_scale=query.size(-1)**-0.5, workspace=self.workspace(query, table, lens, query_len),
+                      filled=True)
 
     def error(self, query, table, lens, query_len) -> float:
         ours = self(query, table, lens, query_len)[:4 * query_len].double()
@@ -204,7 +209,9 @@ class FlashInfer:
         return None
 
 
-KINDS = {'kvq': Ours, 'lmdeploy': LMDeploy, 'flashinfer': FlashInfer}
+Kinds = dict[str, type]
+
+KINDS: Kinds = {'kvq': Ours, 'lmdeploy': LMDeploy, 'flashinfer': FlashInfer}
 
 
 def combos(presets: dict[str, Preset]) -> Combos:
@@ -221,30 +228,35 @@ def make_query(load: Load, heads: int, dim: int, query_len: int) -> torch.Tensor
     return torch.randn((len(load.lens) * query_len, heads, dim), dtype=torch.bfloat16, device='cuda')
 
 
-def compile_kernels(name: str, shape: str, page: int, launches: list[tuple[str, int]],
-                    config: dict | None = None) -> None:
+def compile_kernels(name: str, shape: str, page: int, launches: list[tuple[str, int]], config: dict | None = None,
+                    kinds: Kinds = KINDS) -> None:
     """Launch once what will be measured, on a pool of a few pages, so that Triton's cache on disk has it."""
     heads, kv_heads, dim = map(int, shape.split('x'))
     kind, _, policy = name.partition(':')
     contender = None
     for spec, query_len in launches:
         load = Load.small(spec, page)
-        contender = contender or KINDS[kind](policy, load, page, kv_heads, dim, config or {})
+        contender = contender or kinds[kind](policy, load, page, kv_heads, dim, config or {})
         contender(make_query(load, heads, dim, query_len), load.tables[0], load.lens, query_len)
     torch.cuda.synchronize()
 
 
-def compile_all(todo: Combos, jobs: int) -> None:
-    """:func:`compile_kernels` of everything, in ``jobs`` processes. What fails here fails again, and is told, later."""
+def compile_all(calls: list[tuple], jobs: int) -> None:
+    """:func:`compile_kernels` with each of these arguments, in ``jobs`` processes. What fails here fails again, and is
+    told, later."""
     start = time.monotonic()
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        tasks: list[Future] = [pool.submit(compile_kernels, name, shape, page, list(launches))
-                               for (shape, page), contenders in todo.items() for name, launches in contenders.items()
-                               if not name.startswith('flashinfer')]
+        tasks: list[Future] = [pool.submit(compile_kernels, *arguments) for arguments in calls]
         failed = [task.exception() for task in tasks if task.exception()]
     print(f'{len(tasks)} sets of kernels compiled in {time.monotonic() - start:.0f} s by {jobs} processes'
           + (f', {len(failed)} failed, the first with {failed[0]!r}' if failed else ''), flush=True)
+
+
+def to_compile(todo: Combos, kinds: Kinds = KINDS) -> list[tuple]:
+    """Arguments of :func:`compile_kernels` for all of ``todo`` that Triton compiles."""
+    return [(name, shape, page, list(launches), None, kinds) for (shape, page), contenders in todo.items()
+            for name, launches in contenders.items() if not name.startswith('flashinfer')]
 
 
 def measure(contender, load: Load, query: torch.Tensor, query_len: int) -> float:
@@ -255,7 +267,7 @@ def measure(contender, load: Load, query: torch.Tensor, query_len: int) -> float
                     copies=max(4, len(load.tables)))
 
 
-def run(todo: Combos, config: dict | None = None, check: bool = True) -> list[dict]:
+def run(todo: Combos, config: dict | None = None, check: bool = True, kinds: Kinds = KINDS) -> list[dict]:
     """Measure every combination; one row each."""
     rows = []
     for (shape, page), contenders in todo.items():
@@ -265,7 +277,7 @@ def run(todo: Combos, config: dict | None = None, check: bool = True) -> list[di
         for name, launches in contenders.items():
             kind, _, policy = name.partition(':')
             try:
-                contender = KINDS[kind](policy, next(iter(loads.values())), page, kv_heads, dim, config or {})
+                contender = kinds[kind](policy, next(iter(loads.values())), page, kv_heads, dim, config or {})
             except ImportError as error:
                 print(f'{name}: {error}')
                 continue
@@ -332,7 +344,7 @@ def main() -> None:
                                    args.query_lens or (1, ), args.contenders or EVERY)}
     todo = combos(presets)
     if args.jobs:
-        compile_all(todo, args.jobs)
+        compile_all(to_compile(todo), args.jobs)
     rows = run(todo)
     if args.append:
         rows += earlier_rows((args.out or RESULTS) / f'{args.name}.json', rows)

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from bench_decode import CHECKED_TOKENS, Load, Ours, compile_kernels, make_query, measure
-from bench_layer import OurLayer
+from bench_decode import CHECKED_TOKENS, KINDS, Kinds, Load, compile_all, make_query, measure
+from bench_layer import LAYERS
 from benchlib import print_table, read_us, write_results
 
 from lmdeploy_kvq.kernels.workspace import DecodeConfig, Workspace
@@ -41,11 +39,11 @@ def options(chosen: Chosen) -> dict[str, int | None]:
 
 
 def sweep(fmt: str, shape: str, page: int, loads: list[str], configs: list[Chosen],
-          behind_fill: bool = False) -> list[list[dict]]:
+          kinds: Kinds = KINDS) -> list[list[dict]]:
     """Of every load: a row per configuration, the fastest first."""
     heads, kv_heads, dim = map(int, shape.split('x'))
     built = Load.build_all(loads, page, 2 * kv_heads * dim)
-    ours = (OurLayer if behind_fill else Ours)(fmt, next(iter(built.values())), page, kv_heads, dim, {})
+    ours = kinds['kvq'](fmt, next(iter(built.values())), page, kv_heads, dim, {})
     tables = []
     for spec, load in built.items():
         read = read_us(int(ours.bytes_per_token * int(load.lens.sum())))
@@ -62,8 +60,7 @@ def sweep(fmt: str, shape: str, page: int, loads: list[str], configs: list[Chose
             checked = int(load.lens[:4].sum()) <= CHECKED_TOKENS
             found.append({'shape': shape, 'load': spec, 'page': page, 'format': fmt,
                           **{name: getattr(used, name) or 0 for name in PARAMETERS}, 'default': not chosen,
-                          'behind_fill': behind_fill, 'us': us,
-                          'read_fraction': read / us,
+                          'behind_fill': kinds is LAYERS, 'us': us, 'read_fraction': read / us,
                           'error': ours.error(query, load.tables[0], load.lens, 1) if checked else None})
         tables.append(sorted(found, key=lambda row: row['us']))
     return tables
@@ -95,15 +92,14 @@ def main() -> None:
         configs = [dict(zip(PARAMETERS, chosen)) for chosen in values]
     loads, pools = args.loads.split(','), list(itertools.product(
         args.formats.split(','), args.shapes.split(','), map(int, args.pages.split(','))))
+    kinds = LAYERS if args.behind_fill else KINDS
     if args.jobs:
         compiled = {tuple({**chosen, 'programs': 0}.items()): chosen for chosen in configs}.values()
-        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context('spawn')) as executor:
-            for task in [executor.submit(compile_kernels, f'kvq:{fmt}', shape, page, [(load, 1) for load in loads],
-                                         options(chosen)) for fmt, shape, page in pools for chosen in compiled]:
-                task.exception()  # what fails here fails again, and is told, later
+        compile_all([(f'kvq:{fmt}', shape, page, [(load, 1) for load in loads], options(chosen), kinds)
+                     for fmt, shape, page in pools for chosen in compiled], args.jobs)
     rows: list[dict] = []
     for pool in pools:
-        for found in sweep(*pool, loads, configs, args.behind_fill):
+        for found in sweep(*pool, loads, configs, kinds):
             rows += found if args.all else found[:args.top]
         torch.cuda.empty_cache()
     print_table(rows, list(rows[0]))
