@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import by_name, covering, finite, problem, steps_apart
+from helpers import POISON, by_name, covering, finite, problem, steps_apart
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
@@ -107,20 +107,14 @@ def test_pages_do_not_depend_on_the_size_of_a_piece(fmt, pieces, calibrated, dev
 def test_every_tile_writes_the_same_pages(fmt, dim, device, monkeypatch):
     """Rows per program and warps, as few as one token has and as many as a prompt: every byte."""
     kernel = importlib.import_module('lmdeploy_kvq.kernels.fill')
-    tokens, heads, pages = 9 if interpreted() else 300, 2, []
-    generator = torch.Generator().manual_seed(6)
-    key, value = torch.randn((2, tokens, heads, dim), generator=generator).bfloat16().to(device)
+    pages: list = []
     for tile in ((2, 1), (4, 1), (8, 1), (8, 2), (32, 4)):
         monkeypatch.setattr(kernel, '_tile', lambda *args, tile=tile: tile)
-        cache = kvq.PagedCache.allocate(fmt, tokens // 16 + 1, 16, heads, dim, device=device)
-        for tensor in cache.tensors()[:4]:
-            if tensor is not None:
-                tensor.view(torch.uint8).fill_(0xFF)
-        kvq.reshape_and_cache(key, value, cache, torch.arange(tokens, device=device))
-        pages.append([x.view(torch.uint8).cpu() for x in cache.tensors()[:4] if x is not None])
-    assert pages[0][0].ne(0xFF).any()
-    for others in pages[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(pages[0], others))
+        p = problem(fmt, [9 if interpreted() else 300], device=device, fill=False, head_dim=dim, dtype=torch.bfloat16)
+        kvq.reshape_and_cache(p.key, p.value, p.cache, p.slots)
+        pages = pages or p.snapshot()
+        assert p.same_bytes(pages)
+    assert pages[0].ne(POISON).any()
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])

@@ -23,28 +23,28 @@ def _round_to_even_bits(magnitude, DROP: tl.constexpr, EXPONENT_SHIFT: tl.conste
 
 
 @triton.jit
-def _sign_bit(x):
-    return (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+def _encode_float(x, DTYPE: tl.constexpr, LARGEST: tl.constexpr, DROP: tl.constexpr, EXPONENT_SHIFT: tl.constexpr,
+                  SUBNORMAL_BELOW: tl.constexpr, SUBNORMAL_SCALE: tl.constexpr, CAP: tl.constexpr):
+    """fp32 to a minifloat (saturating at LARGEST, ties to even) as uint8; see :func:`_round_to_even_bits`."""
+    if CAP >= FP8_ROUND_CAP:
+        return x.to(DTYPE).to(tl.uint8, bitcast=True)  # saturates by itself
+    else:
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+        code = _round_to_even_bits(tl.abs(x), DROP, EXPONENT_SHIFT, SUBNORMAL_BELOW, SUBNORMAL_SCALE)
+        sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+        return (code | sign).to(tl.uint8)
 
 
 @triton.jit
 def encode_e4m3(x, SATURATE: tl.constexpr, CAP: tl.constexpr):
     """fp32 to e4m3 (saturating at 448, ties to even) as uint8."""
-    if CAP >= FP8_ROUND_CAP:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)  # saturates by itself
-    else:
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-        return (_round_to_even_bits(tl.abs(x), 20, 960, 0.015625, 512.0) | _sign_bit(x)).to(tl.uint8)
+    return _encode_float(x, tl.float8e4nv, 448.0, 20, 960, 0.015625, 512.0, CAP)
 
 
 @triton.jit
 def encode_e5m2(x, SATURATE: tl.constexpr, CAP: tl.constexpr):
     """fp32 to e5m2 (saturating at 57344, ties to even) as uint8."""
-    if CAP >= FP8_ROUND_CAP:
-        return x.to(tl.float8e5).to(tl.uint8, bitcast=True)  # saturates by itself
-    else:
-        x = tl.minimum(tl.maximum(x, -57344.0), 57344.0)
-        return (_round_to_even_bits(tl.abs(x), 21, 448, 6.103515625e-05, 65536.0) | _sign_bit(x)).to(tl.uint8)
+    return _encode_float(x, tl.float8e5, 57344.0, 21, 448, 6.103515625e-05, 65536.0, CAP)
 
 
 @triton.jit

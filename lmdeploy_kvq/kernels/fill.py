@@ -321,9 +321,8 @@ def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, b
     # two warps, of rows whose halves meet through shared memory, where no sum has to.
     first = max(1, 128 // min(cache.head_dim, cache.v_head_dim)) if butterflies else 1
     sums = any(encoding.rule != 'step' for encoding in (cache.format.key, cache.format.value))
-    steps = [(tile, warps) for tile, warps in ((first, 1), (4 * first, 1), (8, 1) if not butterflies else
-                                               (32, 4) if dim <= 128 or sums else (8, 2))
-             if tile // warps * dim <= 1024]
+    many = (8, 1) if not butterflies else (8, 2) if dim > 128 and not sums else (32, 4)
+    steps = [(tile, warps) for tile, warps in ((first, 1), (4 * first, 1), many) if tile // warps * dim <= 1024]
     programs = (6 if butterflies else 2) * sms
     return next((step for step in steps if rows <= programs * step[0]), steps[-1])
 
