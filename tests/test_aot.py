@@ -136,12 +136,12 @@ def test_decode_never_loads_single_bytes(compiled, fmt, capability):
 
 @pytest.mark.parametrize('kernel', ['fill', 'decode'])
 @FORMATS
-def test_decode_overlaps_with_fill_from_hopper_on(compiled, fmt, kernel):
-    """Programmatic dependent launch: sm_90 and newer only."""
-    instruction = {'fill': 'griddepcontrol.launch_dependents', 'decode': 'griddepcontrol.wait'}[kernel]
+def test_launches_are_chained_from_hopper_on(compiled, fmt, kernel):
+    """Programmatic dependent launch: sm_90 and newer only. None lets the next one start before it has ended."""
     for capability in CAPABILITIES:
         for result in compiled(capability, fmt, kernel):
-            assert (instruction in result['ptx']) == (capability >= 90)
+            assert ('griddepcontrol.wait' in result['ptx']) == (capability >= 90)
+            assert 'griddepcontrol.launch_dependents' not in result['ptx']
 
 
 def test_few_kernels_are_compiled_for_the_batches_of_a_server():

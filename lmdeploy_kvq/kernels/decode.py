@@ -242,7 +242,7 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
     Args:
         workspace: what :func:`~lmdeploy_kvq.kernels.fill.fill` has prepared; None: it is allocated and prepared here.
         filled: ``fill`` is the kernel before this one in the stream, and query, lengths and block table were ready
-            before it began (``fill`` waits for all before it): the work is divided while it runs.
+            before it began (``fill`` waits for all before it): the work is divided while what that one writes arrives.
 
     Raises:
         ValueError: shapes, strides or limits (query_len 1..16, group 1..64, batch 1..1024) violated, or a workspace of

@@ -188,10 +188,9 @@ def _fill_kernel(
     ``program_id(1)`` counts the tiles of K, then those of V (both if FILLS), then those of the queries.
     """
     if PDL:
-        # Decode divides its work meanwhile. It may, because whatever ran before this kernel has ended by now; and it
-        # waits for this kernel before it reads what is written here.
+        # Decode could start and divide its work meanwhile (gdc_launch_dependents). But programs that start while others
+        # hold places are spread unevenly over multiprocessors, which costs more; benchmarks/results/decode_sweeps.json.
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     head, pid = tl.program_id(0), tl.program_id(1)
     if counters_ptr is not None:
         programs = tl.num_programs(0) * tl.num_programs(1)

@@ -34,7 +34,7 @@ def compute_capability(device: torch.device) -> int:
 def dependent_launch(cap: int) -> dict[str, bool]:
     """Launch arguments for programmatic dependent launch (compute capability 9.0 and later), ``PDL`` for the kernel.
 
-    The kernel may then begin while the one before it still runs, and must wait for it (``gdc_wait``).
+    The kernel may then begin before what the one before it writes has arrived, and must wait for that (``gdc_wait``).
     """
     return {'PDL': True, 'launch_pdl': True} if cap >= 90 else {'PDL': False}
 
