@@ -144,6 +144,14 @@ def test_launches_are_chained_from_hopper_on(compiled, fmt, kernel):
             assert 'griddepcontrol.launch_dependents' not in result['ptx']
 
 
+@EACH
+def test_merging_reads_everywhere_before_it_writes_in_place(compiled, capability):
+    """Every warp reads log-sum-exps, and one replaces them: without a barrier, a late warp takes new ones for old."""
+    for result in compiled(capability, kvq.FORMATS[0], 'merge'):
+        last_read = result['ptx'].rindex('ld.global')
+        assert 'bar.sync' in result['ptx'][last_read:result['ptx'].rindex('st.global')]
+
+
 def test_few_kernels_are_compiled_for_the_batches_of_a_server():
     """A server captures graphs for all sizes of a batch before it answers; to compile takes a second or two each."""
     found = json.loads(python('import json, aot; print(json.dumps(aot.compilations_of_a_server()))',

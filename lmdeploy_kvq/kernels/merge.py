@@ -54,6 +54,7 @@ def _merge_kernel(
     changed = live & (part_lse != empty) if IN_PLACE else live
     tl.store(out_ptr + (token * stride_ot)[:, None] + head * stride_oh + dim[None, :],
              merged.to(out_ptr.dtype.element_ty), mask=changed[:, None] & inside)
+    tl.debug_barrier()  # every warp has read all log-sum-exps, and one of them replaces them
     tl.store(running_lse_ptr + head * stride_rlh + token, tl.where(total == 0.0, empty, top + tl.log(divisor)),
              mask=live)
 
