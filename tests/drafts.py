@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import models
 import torch
 
 
@@ -27,6 +29,37 @@ def write_eagle(folder: Path, target: Path) -> None:
     (folder / 'config.json').write_text(json.dumps(config))
     save_file({name: weight.contiguous() for name, weight in own.items()}, folder / 'model.safetensors',
               metadata={'format': 'pt'})
+
+
+def count_accepted(agree: Sequence[bool], drafted: int) -> tuple[int, int]:
+    """Draft tokens that are accepted, and all, where a text's tokens are predicted as ``agree`` says, one by one.
+
+    A step drafts ``drafted`` tokens; those before the first wrong one are accepted, and the target adds one.
+    """
+    accepted = steps = at = 0
+    while at < len(agree):
+        ahead = agree[at:at + drafted]
+        right = ahead.index(False) if False in ahead else len(ahead)
+        accepted, steps, at = accepted + right, steps + 1, at + right + 1
+    return accepted, steps * drafted
+
+
+def acceptance(draft: torch.nn.Module, prompts: Sequence[list[int]], texts: Sequence[list[int]], fmt: str | None,
+               drafted: int) -> float:
+    """The share of draft tokens that are accepted where the target's texts are given, by transformers in fp32.
+
+    Args:
+        draft: the target without its first norm: what :func:`write_eagle` writes.
+        texts: what the target generated after each prompt; its first token comes of the prompt, without a draft.
+        fmt: the format that the draft's cache stores, None for exact.
+    """
+    counts = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = [*prompt, *text][1:]
+        cache = None if fmt is None else models.quantized_cache(draft, fmt)
+        predicted = models.log_probabilities(draft, ids, cache).argmax(-1)[-len(text):-1].tolist()
+        counts.append(count_accepted([a == b for a, b in zip(predicted, text[1:], strict=True)], drafted))
+    return sum(accepted for accepted, _ in counts) / sum(every for _, every in counts)
 
 
 def write_eagle3(folder: Path, target: Path) -> None:

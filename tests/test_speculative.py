@@ -186,9 +186,36 @@ def test_the_draft_computes_what_the_target_computes(folders):
     assert 0.7 < agreement < 1
 
 
+def test_accepted_drafts_are_counted():
+    """Three per step: two right, then one that the target replaces; none right; then the text ends."""
+    assert drafts.count_accepted([True, True, False, False, True, True], 3) == (4, 9)
+    assert drafts.count_accepted([True] * 8, 3) == (6, 6)
+    assert drafts.count_accepted([], 3) == (0, 0)
+
+
+def test_acceptance_of_a_target_that_drafts_for_itself():
+    """Exact caches: what is left are texts that the first token of the prompt would have changed."""
+    model = models.build('llama')
+    prompts = models.prompts(2, 24, seed=3)
+    texts = []
+    for ids in prompts:
+        with torch.inference_mode():
+            texts.append(model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids):].tolist())
+    model.model.layers[0].input_layernorm = torch.nn.Identity()
+    exact = drafts.acceptance(model, prompts, texts, None, DRAFTED)
+    assert 0.3 < exact < 1
+    assert drafts.acceptance(model, prompts, [text[::-1] for text in texts], None, DRAFTED) < exact / 2
+
+
 @pytest.mark.gpu
 def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
-    """Within 2 points; and reading several tokens at once predicts what reading one by one predicts."""
+    """Within 2 points, or within 2 of what the format's own error costs; and reading several tokens at once predicts
+    what reading one by one predicts.
+
+    A target and its draft round what they read independently of each other. Of 8 bits that is not seen. 4 bits change
+    what this model of random weights, whose choices are close calls, decides: transformers says how much.
+    """
+    from benchlib import write_results
     models.write(tmp_path / 'target', 'llama')
     drafts.write_eagle(tmp_path / 'draft', tmp_path / 'target')
     prompts = models.prompts(192, 24, seed=3, step=1)
@@ -203,8 +230,17 @@ def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
     several = {name: engines.kl(*engines.same_history(runs[f'{name} alone'], runs[f'{name} draft']))
                for name in policies}
     expected = engines.reference('llama')
-    print(accepted, several, expected)
+    model = models.build('llama').to(torch.bfloat16).float()
+    model.model.layers[0].input_layernorm = torch.nn.Identity()
+    own = {name: drafts.acceptance(model, prompts, runs[f'{name} draft']['tokens'], name if policy else None, DRAFTED)
+           for name, policy in policies.items()}
+    rows = [{'policy': policy, 'drafted': runs[f'{name} draft']['drafted'], 'accepted': accepted[name],
+             'accepted_by_transformers': own[name], 'kl_of_several_at_once': several[name]}
+            for name, policy in policies.items()]
+    print(write_results('acceptance', rows, tmp_path, model='llama of tests/models.py, its EAGLE draft'), rows)
     assert 0.5 < accepted['none'] < 1 and runs['none draft']['drafted'] > 5000
     for name in engines.FORMATS:
-        assert abs(accepted[name] - accepted['none']) <= 0.02
+        costs = own['none'] - own[name] if kvq.get_format(name).key.codec.bits < 8 else 0.0
+        assert accepted['none'] - accepted[name] <= costs + 0.02
+        assert accepted[name] - accepted['none'] <= 0.02
         assert several[name] <= 3 * (several['none'] + (several['none'] * expected[name])**.5)
