@@ -8,11 +8,12 @@ format; exit code 1 if one reports an error, was not finished, or differs from t
 of the CUDA toolkit; it is also in the wheel nvidia-cuda-sanitizer-api (14 MB), whose version should be CUDA's.
 
 What it does not see: racecheck looks at shared memory alone. Decode programs that share a sequence leave their results
-in global memory and count, by an acquire-release atomic, who comes last (kernels/combine.py). --launch therefore runs
-every decode shape several times over more programs than sequences, with one, two and three levels of that tree, over
-results poisoned with NaN, and compares each output bit by bit with the first: a result that was combined before it was
-written, or twice, would show. ``--launch --repeats 2000`` does so without a sanitizer, at the kernels' real timing; it
-is part of every run, before the tools.
+in global memory and count, by an acquire-release atomic, who comes last (kernels/combine.py); decode begins before what
+the fill wrote has arrived, and waits for it; merging replaces what it reads. --launch therefore runs every decode shape
+several times over more programs than sequences, with one, two and three levels of that tree, over results poisoned with
+NaN, then behind a fill, then merging, and compares each output bit by bit with the first: a result that was read before
+it was written, or twice, would show. ``--launch --repeats 2000`` does so without a sanitizer, at the kernels' real
+timing; it is part of every run, before the tools.
 """
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--tools', default='memcheck,racecheck', help=f'of {", ".join(TOOLS)}')
     parser.add_argument('--formats', default=','.join(fmt.name for fmt in FORMATS))
     parser.add_argument('--jobs', type=int, default=9, help='programs at a time on the GPU')
-    parser.add_argument('--repeats', type=int, default=REPEATS, help='of each decode')
+    parser.add_argument('--repeats', type=int, default=REPEATS, help='of each decode, step and merge')
     parser.add_argument('--launch', action='store_true', help='run the launches in this process, without a tool')
     parser.add_argument('--log', type=Path, default=Path('/tmp/sanitize'), help='folder for the logs')
     parser.add_argument('--out', type=Path)

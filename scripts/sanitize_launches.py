@@ -1,4 +1,4 @@
-"""Small launches of every kernel, for sanitize.py: compared with the reference, and decode with itself.
+"""Small launches of every kernel, for sanitize.py: compared with the reference, and with themselves.
 
 Pages that nobody owns, the ends of block tables and the rows behind the last token are 0xFF, as in the tests.
 """
@@ -34,11 +34,12 @@ TREES = {'one program': (1, 700), 'one level': (FAN.value // 2, 700), 'two level
 
 
 def launches(fmt: KVFormat) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """Name and function of every launch; the function takes how often decode is repeated."""
+    """Name and function of every launch; the function takes how often it is repeated, where its timing matters."""
     for name, shape in SHAPES.items():
         yield f'fill, heads of {name}', partial(_fill, fmt, *shape)
         yield f'flatten, heads of {name}', partial(_flatten, fmt, *shape)
         yield f'decode, heads of {name}', partial(_decode, fmt, *shape)
+        yield f'step, heads of {name}', partial(_step, fmt, *shape)
     yield 'decode of 5 tokens, window, softcap, sinks', partial(_decode_features, fmt)
     for name, (programs, longest) in TREES.items():
         yield f'decode, {name}', partial(_decode, fmt, 64, None, 64, programs=programs, longest=longest)
@@ -113,13 +114,49 @@ def _decode_features(fmt: KVFormat, repeats: int) -> None:
     _decode(fmt, 64, None, 64, repeats, query_len=5, window=50, softcap=20.0, sinks=sinks)
 
 
+def _step(fmt: KVFormat, dim: int, v_dim: int | None, page: int, repeats: int) -> None:
+    """An engine's decode step: decode begins as soon as the fill before it has ended, and must read what that wrote."""
+    p = problem(fmt, [max(n, 1) for n in LENS], device=DEVICE, head_dim=dim, v_head_dim=v_dim, block_size=page,
+                pooled=True, dtype=torch.bfloat16)
+    batch, newest = p.kv_lens.numel(), p.kv_lens.cumsum(0) - 1
+    key, value = p.key[newest], p.value[newest]
+    ones = torch.ones_like(newest)
+    layout = TokenLayout(q_start=ones.cumsum(0) - 1, q_lens=ones, kv_lens=p.kv_lens, block_table=p.block_table,
+                         uniform_query_len=1)
+    query, first = torch.randn(batch, 6, dim, device=DEVICE, dtype=torch.float16), None
+    for _ in range(repeats):
+        out = torch.full((batch, 6, v_dim or dim), float('nan'), device=DEVICE, dtype=torch.float16)
+        workspace = Workspace.allocate(query, p.cache, batch, 1, None)
+        workspace.partial.fill_(float('nan'))
+        workspace.counters.fill_(7)
+        if workspace.rotated is not None:
+            workspace.rotated.fill_(float('nan'))
+        fill(-key, -value, p.cache, layout)
+        fill(key, value, p.cache, layout, workspace.inputs(query))
+        decode(query, p.cache, p.block_table, p.kv_lens, out, query_len=1, sm_scale=dim**-0.5, workspace=workspace,
+               filled=True)
+        if first is None:
+            first = out
+            expected = reference.paged_attention(query.float(), p.cache, p.block_table, p.kv_lens, query_len=1,
+                                                 sm_scale=dim**-0.5)
+            assert frobenius(out, expected) < 2e-3, 'not what the reference attends to'
+        assert torch.equal(out, first), 'two steps differ'
+
+
 def _merge(fmt: KVFormat, repeats: int) -> None:
-    """Attention over two sets of keys; it knows no formats."""
-    lse = torch.randn(2, 6, 45, device=DEVICE)
+    """Attention over two sets of keys, beside them and in place; it knows no formats."""
+    lse = torch.randn(2, 6, 245, device=DEVICE)
     lse[0, :, 3], lse[1, :, 4] = float('-inf'), float('inf')
-    parts = torch.randn(2, 45, 6, 64, device=DEVICE, dtype=torch.bfloat16)
+    parts = torch.randn(2, 245, 6, 64, device=DEVICE, dtype=torch.bfloat16)
     weights = torch.where(lse == float('inf'), -lse, lse).softmax(0).transpose(1, 2)[..., None]
     expected = (weights * parts.float()).sum(0)
-    out = torch.empty(45, 6, 64, device=DEVICE)
-    merge(parts[0], lse[0], parts[1], lse[1], out)
-    assert frobenius(out, expected) < 1e-5, 'not the attention over both'
+    for in_place, bound in ((False, 1e-5), (True, 2**-8)):  # out is fp32, or bf16
+        first = None
+        for _ in range(repeats):
+            running, running_lse = parts[0].clone(), lse[0].clone()
+            out = running if in_place else torch.empty(expected.shape, device=DEVICE)
+            merge(running, running_lse, parts[1], lse[1], out)
+            if first is None:
+                first = out, running_lse
+                assert frobenius(out, expected) < bound, 'not the attention over both'
+            assert torch.equal(out, first[0]) and torch.equal(running_lse, first[1]), 'two launches differ'

@@ -19,6 +19,8 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 MMA = re.compile(r'mma\.sync\.\S+|wgmma\.mma_async\.\S+|tcgen05\.mma\.\S+')
 E4M3_TO_FP16 = 'cvt.rn.f16x2.e4m3x2'
+ACCESS = re.compile(r'(?P<wait>griddepcontrol\.wait)|(?P<combine>ld\.global\.cg)|(?P<read>ld\.global)|'
+                    r'(?P<write>st\.global)|(?P<copy>cp\.async\.c[ag])|(?P<count>atom\.)|(?P<barrier>bar\.sync)')
 NARROW_LOAD = re.compile(r'ld\.global\S*\.[bus]8\s')
 
 
@@ -144,12 +146,42 @@ def test_launches_are_chained_from_hopper_on(compiled, fmt, kernel):
             assert 'griddepcontrol.launch_dependents' not in result['ptx']
 
 
+def order(ptx: str) -> list[str]:
+    """What a program does to global memory, and its barriers, in order: by the names of :data:`ACCESS`."""
+    return [next(name for name, text in found.groupdict().items() if text) for found in ACCESS.finditer(ptx)]
+
+
 @EACH
 def test_merging_reads_everywhere_before_it_writes_in_place(compiled, capability):
     """Every warp reads log-sum-exps, and one replaces them: without a barrier, a late warp takes new ones for old."""
     for result in compiled(capability, kvq.FORMATS[0], 'merge'):
-        last_read = result['ptx'].rindex('ld.global')
-        assert 'bar.sync' in result['ptx'][last_read:result['ptx'].rindex('st.global')]
+        steps = order(result['ptx'])
+        assert steps[-2:] == ['barrier', 'write'] and 'read' not in steps[steps.index('write'):]
+
+
+@EACH
+@FORMATS
+def test_results_are_left_counted_and_combined_one_after_the_other(compiled, fmt, capability):
+    """All warps have left theirs before one of them counts it; none reads others' before that; none replaces one before
+    all have read it. compute-sanitizer's racecheck does not look at global memory."""
+    for result in compiled(capability, fmt, 'decode'):
+        steps = order(result['ptx'])
+        at = steps.index('count')
+        assert steps.count('count') == 1 and 'write' in steps[:at]
+        assert steps[at - 1] == steps[at + 1] == 'barrier'
+        combining = steps[at + 2:]
+        last = len(combining) - combining[::-1].index('combine')
+        assert combining[last] == 'barrier' and combining[:last].count('write') <= 1, 'the counter'
+
+
+@pytest.mark.parametrize('kernel, allowed', [('fill', set()), ('decode', {'read', 'barrier'})])
+@FORMATS
+def test_what_is_done_before_the_kernel_before_has_ended(compiled, fmt, kernel, allowed):
+    """Fill waits for it at once. Decode reads lengths, pages' numbers and static scales, and asks for a tile."""
+    for capability in (capability for capability in CAPABILITIES if capability >= 90):
+        for result in compiled(capability, fmt, kernel):
+            steps = order(result['ptx'])
+            assert set(steps[:steps.index('wait')]) <= allowed
 
 
 def test_few_kernels_are_compiled_for_the_batches_of_a_server():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import by_name
 
 import lmdeploy_kvq as kvq
@@ -68,7 +69,7 @@ def test_every_kernel_is_launched_for_every_format(fmt):
     """Each at several head sizes; decode with one, two and three levels of its tree."""
     names = [name for name, _ in sanitize_launches.launches(fmt)]
     assert len(names) == len(set(names))
-    for kernel in ('fill', 'flatten', 'decode', 'merge'):
+    for kernel in ('fill', 'flatten', 'decode', 'step', 'merge'):
         assert any(name.startswith(kernel) for name in names)
     fan = sanitize_launches.FAN.value
     pieces = {programs for programs, _ in sanitize_launches.TREES.values()}
@@ -76,9 +77,16 @@ def test_every_kernel_is_launched_for_every_format(fmt):
 
 
 def test_a_launch_compares(device):
-    """One that is cheap in the interpreter, and the same with a wrong reference."""
-    dict(sanitize_launches.launches(kvq.FORMATS[0]))['merge'](1)
+    """Those that are cheap in the interpreter, and one with a wrong reference; then with another result each time."""
+    found = dict(sanitize_launches.launches(kvq.FORMATS[0]))
+    found['merge'](2)
+    found['step, heads of 64'](2)
+    merge = sanitize_launches.merge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sanitize_launches, 'merge', lambda *args: (merge(*args), args[4].add_(torch.rand(()) * 1e-6)))
+        with pytest.raises(AssertionError, match='two launches differ'):
+            found['merge'](2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sanitize_launches, 'frobenius', lambda x, y: 1.0)
         with pytest.raises(AssertionError, match='not the attention over both'):
-            dict(sanitize_launches.launches(kvq.FORMATS[0]))['merge'](1)
+            found['merge'](1)

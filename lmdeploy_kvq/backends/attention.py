@@ -26,8 +26,9 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
     """``TritonAttentionImpl.forward`` / ``FA3Impl.forward``: ours where the policy is ours, else the original."""
     fmt = find_format(attn_metadata.quant_policy)
     if fmt is None:
-        if observer.ACTIVE is not None:
-            observer.ACTIVE.see(impl, query, key, value, attn_metadata)
+        watcher = observer.ACTIVE  # read once: another thread may take it away
+        if watcher is not None:
+            watcher.see(impl, query, key, value, attn_metadata)
         return original(impl, query, key, value, k_cache, v_cache, attn_metadata, k_scales_zeros=k_scales_zeros,
                         v_scales_zeros=v_scales_zeros, learnable_sink=learnable_sink, inplace=inplace, **kwargs)
     cache = page_views(fmt, k_cache, v_cache, query.size(-1), impl.v_head_size, k_scales_zeros, v_scales_zeros,

@@ -123,6 +123,9 @@ class PendingLayer:
     def drop(self) -> None:
         """Give the log back; the layer's attention is as ever."""
         delattr(self.module.impl, ATTRIBUTE)
+        for log in (self.key, self.value):
+            if log.is_cuda:  # it was made on another stream, which must not have it back before this one has read it
+                log.record_stream(torch.cuda.current_stream(log.device))
         del self.key, self.value
 
     @torch.inference_mode()

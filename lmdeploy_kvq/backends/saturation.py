@@ -150,10 +150,10 @@ def model_forward(original: Callable[..., Any], model: Any, inputs: Any, model_c
     if getattr(config, HOME, PROCESS) != PROCESS:
         sampler = _worker(config)
     if sampler is not None and not inputs.is_dummy and sampler.due():
-        kv_lens = inputs.history_lengths + inputs.seq_length
-        if inputs.num_ignored_history is not None:
-            kv_lens = kv_lens - inputs.num_ignored_history
         with torch.cuda.stream(stream):  # of None: the current one stays
+            kv_lens = inputs.history_lengths + inputs.seq_length
+            if inputs.num_ignored_history is not None:
+                kv_lens = kv_lens - inputs.num_ignored_history
             sampler.sample(cache_engine.gpu_cache, inputs.block_offsets, kv_lens, config.kernel_block_size)
     return output
 

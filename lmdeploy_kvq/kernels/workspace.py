@@ -122,7 +122,9 @@ class Workspace:
         target = config.programs or max(1, config.occupancy * sms // grid_heads)
         each = max(1, sms * 4 // (config.num_warps * grid_heads))
         sizes = cache.sizes()
-        levels = 1 + (target > FAN.value) + (target > FAN.value**2)
+        levels = 1
+        while FAN.value**levels < target:  # of the tree in which results are combined
+            levels += 1
         row = query.size(2) + QUERY_TAIL.value
         parts = [query.size(0) * query.size(1) * row // 2 if cache.k_transform is not None else 0,
                  ((target + batch) * kv_heads * rows + block_m) * (sizes['PARTSV'] * sizes['PARTV'] + STATISTICS.value),
