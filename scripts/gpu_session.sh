@@ -14,8 +14,9 @@
 #   peers     FlashInfer beside us, where it is installed
 #   engine    an 8B model end to end, and prefill: about eight minutes
 #   faults    killed engines, hostile requests, model folders side by side, then memory: about five minutes
-#   soak      three servers under load, side by side: about nine minutes
+#   soak      three servers under load, side by side, for MINUTES (default 5.5), and four minutes more
 #   sanitize  every kernel under compute-sanitizer: up to ten minutes
+#   load      on two GPUs: soak on one, and every engine's test on the other, then on both, meanwhile
 #   two       on two GPUs: kernels, then bench on one and engine on the other, then engines on both: twelve minutes
 # Tests add their outcomes to OUT/compatibility_gpu.json, and leave their programs' files there. Whatever runs is
 # interrupted END seconds (default 580) after the start, so that it can still write what it has. What takes longer than a
@@ -70,7 +71,14 @@ for part in "$@"; do
   faults)
     run 300 faults python3 -m pytest -q -n 4 --dist loadgroup -p no:cacheprovider tests/test_faults_gpu.py -k 'not alone'
     run 280 memory python3 -m pytest -q -p no:cacheprovider tests/test_faults_gpu.py -k alone_memory_runs_out ;;
-  soak) run 590 soak python3 scripts/soak.py --minutes 5.5 --parallel --out "$out" ;;
+  soak)
+    minutes=${MINUTES:-5.5}
+    run $((${minutes%.*} * 60 + 330)) soak python3 scripts/soak.py --minutes "$minutes" --parallel --out "$out" ;;
+  load)
+    CUDA_VISIBLE_DEVICES=0 again soak &
+    CUDA_VISIBLE_DEVICES=1 again ways tools matrix update
+    again pairs
+    wait ;;
   sanitize) run 590 sanitize python3 scripts/sanitize.py --log "$out" --out "$out" ;;
   two)
     JOBS=${JOBS:-$(($(nproc) * 15 / 16))} again kernels
