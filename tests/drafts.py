@@ -8,6 +8,8 @@ from pathlib import Path
 import models
 import torch
 
+from lmdeploy_kvq.accuracy import agreeing
+
 
 def write_eagle(folder: Path, target: Path) -> None:
     """An EAGLE draft that computes what its target computes, from the target's own layers.
@@ -31,15 +33,20 @@ def write_eagle(folder: Path, target: Path) -> None:
               metadata={'format': 'pt'})
 
 
-def count_accepted(agree: Sequence[bool], drafted: int) -> tuple[int, int]:
-    """Draft tokens that are accepted, and all, where a text's tokens are predicted as ``agree`` says, one by one.
+def as_draft(model: torch.nn.Module) -> torch.nn.Module:
+    """Make the target, by transformers, what :func:`write_eagle` writes of it, in place: without its first norm."""
+    model.model.layers[0].input_layernorm = torch.nn.Identity()
+    return model
+
+
+def count_accepted(predicted: Sequence[int], text: Sequence[int], drafted: int) -> tuple[int, int]:
+    """Draft tokens that are accepted, and all, where the draft predicts ``predicted`` for the tokens of a text.
 
     A step drafts ``drafted`` tokens; those before the first wrong one are accepted, and the target adds one.
     """
     accepted = steps = at = 0
-    while at < len(agree):
-        ahead = agree[at:at + drafted]
-        right = ahead.index(False) if False in ahead else len(ahead)
+    while at < len(text):
+        right = agreeing(predicted[at:at + drafted], text[at:at + drafted])
         accepted, steps, at = accepted + right, steps + 1, at + right + 1
     return accepted, steps * drafted
 
@@ -49,7 +56,7 @@ def acceptance(draft: torch.nn.Module, prompts: Sequence[list[int]], texts: Sequ
     """The share of draft tokens that are accepted where the target's texts are given, by transformers in fp32.
 
     Args:
-        draft: the target without its first norm: what :func:`write_eagle` writes.
+        draft: see :func:`as_draft`.
         texts: what the target generated after each prompt; its first token comes of the prompt, without a draft.
         fmt: the format that the draft's cache stores, None for exact.
     """
@@ -58,7 +65,7 @@ def acceptance(draft: torch.nn.Module, prompts: Sequence[list[int]], texts: Sequ
         ids = [*prompt, *text][1:]
         cache = None if fmt is None else models.quantized_cache(draft, fmt)
         predicted = models.log_probabilities(draft, ids, cache).argmax(-1)[-len(text):-1].tolist()
-        counts.append(count_accepted([a == b for a, b in zip(predicted, text[1:], strict=True)], drafted))
+        counts.append(count_accepted(predicted, text[1:], drafted))
     return sum(accepted for accepted, _ in counts) / sum(every for _, every in counts)
 
 

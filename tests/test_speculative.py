@@ -181,16 +181,16 @@ def test_the_draft_computes_what_the_target_computes(folders):
     model = models.build('llama')
     ids = models.prompts(1, 200)[0]
     whole = models.log_probabilities(model, ids)[1:].argmax(-1)
-    model.model.layers[0].input_layernorm = torch.nn.Identity()
-    agreement = float((models.log_probabilities(model, ids[1:]).argmax(-1) == whole).float().mean())
+    agreement = float((models.log_probabilities(drafts.as_draft(model), ids[1:]).argmax(-1) == whole).float().mean())
     assert 0.7 < agreement < 1
 
 
 def test_accepted_drafts_are_counted():
     """Three per step: two right, then one that the target replaces; none right; then the text ends."""
-    assert drafts.count_accepted([True, True, False, False, True, True], 3) == (4, 9)
-    assert drafts.count_accepted([True] * 8, 3) == (6, 6)
-    assert drafts.count_accepted([], 3) == (0, 0)
+    text = [5, 6, 7, 8, 9, 10]
+    assert drafts.count_accepted([5, 6, 0, 0, 9, 10], text, 3) == (4, 9)
+    assert drafts.count_accepted([5] * 8, [5] * 8, 3) == (6, 6)
+    assert drafts.count_accepted([], [], 3) == (0, 0)
 
 
 def test_acceptance_of_a_target_that_drafts_for_itself():
@@ -201,19 +201,18 @@ def test_acceptance_of_a_target_that_drafts_for_itself():
     for ids in prompts:
         with torch.inference_mode():
             texts.append(model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids):].tolist())
-    model.model.layers[0].input_layernorm = torch.nn.Identity()
-    exact = drafts.acceptance(model, prompts, texts, None, DRAFTED)
+    draft = drafts.as_draft(model)
+    exact = drafts.acceptance(draft, prompts, texts, None, DRAFTED)
     assert 0.3 < exact < 1
-    assert drafts.acceptance(model, prompts, [text[::-1] for text in texts], None, DRAFTED) < exact / 2
+    assert drafts.acceptance(draft, prompts, [text[::-1] for text in texts], None, DRAFTED) < exact / 2
 
 
 @pytest.mark.gpu
 def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
-    """Within 2 points, or within 2 of what the format's own error costs; and reading several tokens at once predicts
-    what reading one by one predicts.
+    """Within 2 points; and reading several tokens at once predicts what reading one by one predicts.
 
-    A target and its draft round what they read independently of each other. Of 8 bits that is not seen. 4 bits change
-    what this model of random weights, whose choices are close calls, decides: transformers says how much.
+    Where a format accepts fewer, transformers says how many its own error costs: a target and its draft round what they
+    read independently of each other, and the choices of this model of random weights are close calls.
     """
     from benchlib import write_results
     models.write(tmp_path / 'target', 'llama')
@@ -230,9 +229,8 @@ def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
     several = {name: engines.kl(*engines.same_history(runs[f'{name} alone'], runs[f'{name} draft']))
                for name in policies}
     expected = engines.reference('llama')
-    model = models.build('llama').to(torch.bfloat16).float()
-    model.model.layers[0].input_layernorm = torch.nn.Identity()
-    own = {name: drafts.acceptance(model, prompts, runs[f'{name} draft']['tokens'], name if policy else None, DRAFTED)
+    exact = drafts.as_draft(models.build('llama').to(torch.bfloat16).float())
+    own = {name: drafts.acceptance(exact, prompts, runs[f'{name} draft']['tokens'], name if policy else None, DRAFTED)
            for name, policy in policies.items()}
     rows = [{'policy': policy, 'drafted': runs[f'{name} draft']['drafted'], 'accepted': accepted[name],
              'accepted_by_transformers': own[name], 'kl_of_several_at_once': several[name]}
@@ -240,7 +238,7 @@ def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
     print(write_results('acceptance', rows, tmp_path, model='llama of tests/models.py, its EAGLE draft'), rows)
     assert 0.5 < accepted['none'] < 1 and runs['none draft']['drafted'] > 5000
     for name in engines.FORMATS:
-        costs = own['none'] - own[name] if kvq.get_format(name).key.codec.bits < 8 else 0.0
-        assert accepted['none'] - accepted[name] <= costs + 0.02
-        assert accepted[name] - accepted['none'] <= 0.02
+        assert accepted['none'] - accepted[name] <= own['none'] - own[name] + 0.02, 'more than the error of the format'
         assert several[name] <= 3 * (several['none'] + (several['none'] * expected[name])**.5)
+    for name in engines.FORMATS:
+        assert abs(accepted[name] - accepted['none']) <= 0.02
