@@ -2,8 +2,8 @@
 """What one layer's attention runs in a decode step: new tokens are written, then attention reads them all.
 
 Ours against LMDeploy's own kernels, CUDA-graph replays of both launches; writes layer.json. Shapes and loads are those
-of bench_decode.py, which times attention alone, as bench_fill.py does writing. Here attention begins while tokens are
-still being written, as it does in the engine, and memory is allocated for every step.
+of bench_decode.py, which times attention alone, as bench_fill.py does writing. Here attention begins when its tokens
+have just been written, as it does in the engine, and memory is allocated for every step.
 
   scripts/bench_layer.py --shapes 28x4x128 --loads 1x512,64x4096 --contenders lmdeploy:0,kvq:fp8_per_token_head
 """

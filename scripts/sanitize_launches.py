@@ -39,7 +39,7 @@ def launches(fmt: KVFormat) -> Iterator[tuple[str, Callable[[int], None]]]:
         yield f'fill, heads of {name}', partial(_fill, fmt, *shape)
         yield f'flatten, heads of {name}', partial(_flatten, fmt, *shape)
         yield f'decode, heads of {name}', partial(_decode, fmt, *shape)
-        yield f'step, heads of {name}', partial(_step, fmt, *shape)
+        yield f'step, heads of {name}', partial(_decode, fmt, *shape, behind_fill=True)
     yield 'decode of 5 tokens, window, softcap, sinks', partial(_decode_features, fmt)
     for name, (programs, longest) in TREES.items():
         yield f'decode, {name}', partial(_decode, fmt, 64, None, 64, programs=programs, longest=longest)
@@ -85,62 +85,52 @@ def _flatten(fmt: KVFormat, dim: int, v_dim: int | None, page: int, repeats: int
     assert not outs[0][int(p.kv_lens.clamp(max=40).sum()):].any(), 'rows behind the last token are not zeros'
 
 
+def _repeat(repeats: int, launch: Callable[[], tuple[torch.Tensor, ...]], expected: Callable[[], torch.Tensor],
+            bound: float, what: str) -> None:
+    """Launch again and again: the first result against the expected one, every other against the first, bit by bit."""
+    first = launch()
+    assert frobenius(first[0], expected()) < bound, what
+    for _ in range(repeats - 1):
+        assert all(torch.equal(x, y) for x, y in zip(launch(), first, strict=True)), 'two launches differ'
+
+
 def _decode(fmt: KVFormat, dim: int, v_dim: int | None, page: int, repeats: int, *, programs: int | None = None,
-            query_len: int = 1, longest: int = 700, **features) -> None:
-    """Against the reference, and every repetition against the first one, bit by bit."""
+            query_len: int = 1, longest: int = 700, behind_fill: bool = False, **features) -> None:
+    """Attention to prepared queries; or an engine's step, which begins when a fill has ended, and reads its tokens."""
     p = problem(fmt, [max(n, query_len) if n else 0 for n in (longest, 0, 130, 1, 64)], device=DEVICE, head_dim=dim,
                 v_head_dim=v_dim, block_size=page, pooled=True, dtype=torch.bfloat16)
     batch = p.kv_lens.numel()
     query = torch.randn(batch * query_len, 6, dim, device=DEVICE, dtype=torch.float16)
     config = None if programs is None else DecodeConfig(32, 1, num_warps=2, programs=programs)
-    sm_scale, first = dim**-0.5, None
-    for _ in range(repeats):
+    how = {'query_len': query_len, 'sm_scale': dim**-0.5, **features}
+    newest, ones = p.kv_lens.cumsum(0) - 1, torch.ones_like(p.kv_lens)
+    key, value = p.key[newest], p.value[newest]  # of one token; nothing is written for an empty sequence
+    layout = TokenLayout(q_start=ones.cumsum(0) - 1, q_lens=ones, kv_lens=p.kv_lens, block_table=p.block_table,
+                         uniform_query_len=1)
+
+    def launch() -> tuple[torch.Tensor]:
         out = torch.full((*query.shape[:2], v_dim or dim), float('nan'), device=DEVICE, dtype=torch.float16)
         workspace = Workspace.allocate(query, p.cache, batch, query_len, config)
-        workspace.partial.fill_(float('nan'))  # what nobody leaves must not be read
-        decode(query, p.cache, p.block_table, p.kv_lens, out, query_len=query_len, sm_scale=sm_scale,
-               workspace=workspace.prepare(query, p.cache), **features)
+        for memory in (workspace.partial, workspace.rotated):
+            if memory is not None:
+                memory.fill_(float('nan'))  # what nobody leaves must not be read
+        workspace.counters.fill_(7)
+        if behind_fill:
+            fill(-key, -value, p.cache, layout)
+            fill(key, value, p.cache, layout, workspace.inputs(query))
+        else:
+            workspace.prepare(query, p.cache)
+        decode(query, p.cache, p.block_table, p.kv_lens, out, workspace=workspace, filled=behind_fill, **how)
         assert not workspace.counters.any(), 'counters are not as they were'
-        if first is None:
-            first = out
-            expected = reference.paged_attention(query.float(), p.cache, p.block_table, p.kv_lens, query_len=query_len,
-                                                 sm_scale=sm_scale, **features)
-            assert frobenius(out, expected) < 2e-3, 'not what the reference attends to'
-        assert torch.equal(out, first), 'two launches differ'
+        return (out, )
+
+    _repeat(repeats, launch, lambda: reference.paged_attention(query.float(), p.cache, p.block_table, p.kv_lens, **how),
+            2e-3, 'not what the reference attends to')
 
 
 def _decode_features(fmt: KVFormat, repeats: int) -> None:
     sinks = torch.linspace(-1, 1, 6, device=DEVICE)
     _decode(fmt, 64, None, 64, repeats, query_len=5, window=50, softcap=20.0, sinks=sinks)
-
-
-def _step(fmt: KVFormat, dim: int, v_dim: int | None, page: int, repeats: int) -> None:
-    """An engine's decode step: decode begins as soon as the fill before it has ended, and must read what that wrote."""
-    p = problem(fmt, [max(n, 1) for n in LENS], device=DEVICE, head_dim=dim, v_head_dim=v_dim, block_size=page,
-                pooled=True, dtype=torch.bfloat16)
-    batch, newest = p.kv_lens.numel(), p.kv_lens.cumsum(0) - 1
-    key, value = p.key[newest], p.value[newest]
-    ones = torch.ones_like(newest)
-    layout = TokenLayout(q_start=ones.cumsum(0) - 1, q_lens=ones, kv_lens=p.kv_lens, block_table=p.block_table,
-                         uniform_query_len=1)
-    query, first = torch.randn(batch, 6, dim, device=DEVICE, dtype=torch.float16), None
-    for _ in range(repeats):
-        out = torch.full((batch, 6, v_dim or dim), float('nan'), device=DEVICE, dtype=torch.float16)
-        workspace = Workspace.allocate(query, p.cache, batch, 1, None)
-        workspace.partial.fill_(float('nan'))
-        workspace.counters.fill_(7)
-        if workspace.rotated is not None:
-            workspace.rotated.fill_(float('nan'))
-        fill(-key, -value, p.cache, layout)
-        fill(key, value, p.cache, layout, workspace.inputs(query))
-        decode(query, p.cache, p.block_table, p.kv_lens, out, query_len=1, sm_scale=dim**-0.5, workspace=workspace,
-               filled=True)
-        if first is None:
-            first = out
-            expected = reference.paged_attention(query.float(), p.cache, p.block_table, p.kv_lens, query_len=1,
-                                                 sm_scale=dim**-0.5)
-            assert frobenius(out, expected) < 2e-3, 'not what the reference attends to'
-        assert torch.equal(out, first), 'two steps differ'
 
 
 def _merge(fmt: KVFormat, repeats: int) -> None:
@@ -150,13 +140,12 @@ def _merge(fmt: KVFormat, repeats: int) -> None:
     parts = torch.randn(2, 245, 6, 64, device=DEVICE, dtype=torch.bfloat16)
     weights = torch.where(lse == float('inf'), -lse, lse).softmax(0).transpose(1, 2)[..., None]
     expected = (weights * parts.float()).sum(0)
+
+    def launch(in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        running, running_lse = parts[0].clone(), lse[0].clone()
+        out = running if in_place else torch.empty(expected.shape, device=DEVICE)
+        merge(running, running_lse, parts[1], lse[1], out)
+        return out, running_lse
+
     for in_place, bound in ((False, 1e-5), (True, 2**-8)):  # out is fp32, or bf16
-        first = None
-        for _ in range(repeats):
-            running, running_lse = parts[0].clone(), lse[0].clone()
-            out = running if in_place else torch.empty(expected.shape, device=DEVICE)
-            merge(running, running_lse, parts[1], lse[1], out)
-            if first is None:
-                first = out, running_lse
-                assert frobenius(out, expected) < bound, 'not the attention over both'
-            assert torch.equal(out, first[0]) and torch.equal(running_lse, first[1]), 'two launches differ'
+        _repeat(repeats, partial(launch, in_place), lambda: expected, bound, 'not the attention over both')
