@@ -3,12 +3,13 @@
 
 A load ``decode:N`` is one new token of each of N sequences of about 2,000 tokens; ``prefill:N`` is one prompt of N
 tokens. ``copy_fraction``: bytes read and written at the bandwidth of a device-to-device copy measured in the same run,
-over the kernel's time. For decode, ours also prepares attention: it rotates the queries (GROUP per KV head) of formats
-with a rotation, and zeroes its counters.
+over the kernel's time. For decode, ours also prepares attention: it zeroes its counters, and of formats with a rotation
+it rotates the queries (GROUP per KV head): rows with ``queries``, which have others without beside them.
 """
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -50,10 +51,14 @@ def make_data(tokens: int, heads: int, dim: int, device: str = 'cuda') -> list[t
 
 
 class Ours:
-    """Our kernel on one format: COPIES of the cache, so that a write never finds the last one's lines."""
+    """Our kernel on one format: COPIES of the cache, so that a write never finds the last one's lines.
+
+    Attributes:
+        rotates: whether there are queries to rotate.
+    """
 
     def __init__(self, name: str, load: str, page: int, heads: int, dim: int,
-                 data: list[torch.Tensor] | None = None, device: str = 'cuda') -> None:
+                 data: list[torch.Tensor] | None = None, device: str = 'cuda', queries: bool = True) -> None:
         q_start, q_lens, lens, table, blocks, query_len = batch(load, page, device)
         tokens = int(q_lens.sum())
         self.data = make_data(tokens, heads, dim, device) if data is None else data
@@ -61,9 +66,12 @@ class Ours:
         self.layout = TokenLayout(q_start=q_start, q_lens=q_lens, kv_lens=lens, block_table=table,
                                   uniform_query_len=query_len)
         self.inputs: list = [None] * COPIES
+        self.rotates = bool(query_len) and self.caches[0].k_transform is not None
         if query_len:
             query = torch.randn((tokens, GROUP * heads, dim), dtype=torch.bfloat16, device=device)
             self.inputs = [Workspace.allocate(query, cache, tokens, 1).inputs(query) for cache in self.caches]
+        if not queries:
+            self.inputs = [inputs and dataclasses.replace(inputs, query=None, rotated=None) for inputs in self.inputs]
         self.policy = self.caches[0].format.policy
         self.written = tokens * self.caches[0].nbytes // (blocks * page)
 
@@ -93,12 +101,12 @@ def main() -> None:
                 data = make_data(tokens, heads, dim)
                 read = data[0].numel() * 2
 
-                def add(contender: str, policy: int, us: float, written: int, shape=shape, load=load, page=page,
-                        read=read) -> None:
+                def add(contender: str, policy: int, us: float, written: int, queries=False, shape=shape, load=load,
+                        page=page, read=read) -> None:
                     base = next((r['us'] for r in rows if (r['contender'], r['policy'], r['shape'], r['load'],
                                                            r['page']) == ('lmdeploy', 0, shape, load, page)), us)
                     rows.append({'contender': contender, 'policy': policy, 'shape': shape, 'load': load, 'page': page,
-                                 'us': us, 'copy_fraction': (read + written) / bandwidth / us, 'vs_bf16': us / base})
+                                 'queries': queries, 'us': us, 'copy_fraction': (read + written) / bandwidth / us, 'vs_bf16': us / base})
 
                 for policy, dtype in ((0, torch.bfloat16), (16, torch.float8_e4m3fn), (8, torch.uint8)):
                     caches = [torch.zeros((2, blocks, page, heads, dim), dtype=dtype, device='cuda')
@@ -112,8 +120,10 @@ def main() -> None:
                         quant_policy=QuantPolicy(policy)), LAUNCHES)
                     add('lmdeploy', policy, us, data[0].numel() * dtype.itemsize)
                 for name in args.formats.split(','):
-                    ours = Ours(name, load, page, heads, dim, data)
-                    add('kvq', ours.policy, graph_us(ours, LAUNCHES), ours.written)
+                    for queries in (False, True):
+                        ours = Ours(name, load, page, heads, dim, data, queries=queries)
+                        if ours.rotates or not queries:
+                            add('kvq', ours.policy, graph_us(ours, LAUNCHES), ours.written, queries)
     print_table(rows, list(rows[0]))
     print_table(verdicts('fill', rows), VERDICT)
     print(write_results('fill', rows, args.out, copy_gb_per_s=bandwidth / 1e3))

@@ -232,7 +232,7 @@ def bandwidth(folder: Path, out: Path) -> str | None:
 def fill(folder: Path, out: Path) -> str | None:
     """fill.svg."""
     results = Results('fill', folder)
-    rows = [row for row in results.rows if (row['shape'], row['page']) == (FILL_SHAPE, PAGE)]
+    rows = [row for row in results.rows if (row['shape'], row['page'], row['queries']) == (FILL_SHAPE, PAGE, False)]
     if not rows:
         return f'fill.json has no rows of {FILL_SHAPE}, page {PAGE}'
     panels = {'new tokens, one per sequence': 'decode', 'one prompt, tokens': 'prefill'}

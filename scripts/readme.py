@@ -201,8 +201,8 @@ def plots(*names: str, folder: str = 'benchmarks') -> str:
 
 def fill() -> str:
     """The committed fill measurements."""
-    rows = [[row['shape'], row['load'], label(row['contender'], row['policy']), f'{row["us"]:.1f}',
-             f'{row["copy_fraction"]:.0%}', f'{row["vs_bf16"]:.2f}x'] for row in results('fill')]
+    rows = [[row['shape'], row['load'], label(row['contender'], row['policy']) + ', queries too' * row['queries'],
+             f'{row["us"]:.1f}', f'{row["copy_fraction"]:.0%}', f'{row["vs_bf16"]:.2f}x'] for row in results('fill')]
     return table(['KV heads x size', 'load', 'kernel', 'us', '% of copy', 'against bf16'], rows) + measured('fill')
 
 

@@ -121,8 +121,15 @@ def _no_rotated_cliff(rows: Sequence[dict]) -> Iterator[Bound]:
 
 
 def _rotated_fill(rows: Sequence[dict]) -> Iterator[Bound]:
+    """K and V rotated and written, as LMDeploy's kernel writes them: steps and prompts."""
     return ((row['vs_bf16'], 1.3, row) for row in rows
-            if row['format'] in FORMAT_LIMITS and row['load'] in FILL_STEPS and row.get('vs_bf16'))
+            if row['format'] in FORMAT_LIMITS and not row['queries'] and row.get('vs_bf16'))
+
+
+def _rotated_queries(rows: Sequence[dict]) -> Iterator[Bound]:
+    """The same launch with what decode would have to do else, and LMDeploy's kernel does not: queries rotated."""
+    return ((row['vs_bf16'], 1.3, row) for row in rows
+            if row['format'] in FORMAT_LIMITS and row['queries'] and row.get('vs_bf16'))
 
 
 def _flat(loads: Sequence[str]) -> Callable[[Sequence[dict]], Iterator[Bound]]:
@@ -164,9 +171,10 @@ TARGETS: dict[str, tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterab
         (5, 'rotated formats, no load slower than bf16', False, _no_rotated_cliff),
     ),
     'fill': (
-        (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load=set(FILL_STEPS))),
+        (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load=set(FILL_STEPS), queries=False)),
         (4, '8,192 prompt tokens, share of copy', True, _simple('copy_fraction', 0.6, load='prefill:8192')),
-        (5, 'rotated formats, one decode step against bf16', False, _rotated_fill),
+        (5, 'rotated formats, new tokens against bf16', False, _rotated_fill),
+        (5, 'rotated formats, with the step\'s queries', False, _rotated_queries),
     ),
     'prefill': (
         (5, 'TTFT without history against bf16', False, _simple('vs_bf16', 1.02, case='whole')),
@@ -179,7 +187,7 @@ TARGETS: dict[str, tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterab
 }
 
 
-_OF_ALL_FORMATS = (_formats, _pages, _no_rotated_cliff, _rotated_fill)
+_OF_ALL_FORMATS = (_formats, _pages, _no_rotated_cliff, _rotated_fill, _rotated_queries)
 
 
 def _key(row: dict) -> tuple:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sweep the fill kernel's rows per program and warps on this GPU and print the best per shape, load and format.
 
-  scripts/tune_fill.py --shapes 8x128,4x256 --loads decode:64,decode:256 --tiles 1x1,2x1,4x1,8x1,8x2
+  scripts/tune_fill.py --shapes 8x128,4x256 --loads decode:64,decode:256 --tiles 4x1,8x2,16x4
 
 Shapes, loads and what is timed are bench_fill.py's. The row without a tile given is what the rule of
 ``lmdeploy_kvq.kernels.fill`` chooses. Writes fill_sweep.json; a tile that writes other pages than the rule's is an
@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument('--loads', default='decode:64,decode:256')
     parser.add_argument('--page', type=int, default=64)
     parser.add_argument('--formats', default=','.join(fmt.name for fmt in kvq.FORMATS))
-    parser.add_argument('--tiles', default='1x1,2x1,4x1,8x1', help='rows per program x warps')
+    parser.add_argument('--tiles', default='1x1,4x1,8x1,8x2,16x4,32x4', help='rows per program x warps')
+    parser.add_argument('--without-queries', action='store_true', help='K and V alone, as prompts are written')
     parser.add_argument('--out', type=Path, help='folder of the result file')
     args = parser.parse_args()
     tiles = [tuple(map(int, tile.split('x'))) for tile in args.tiles.split(',')]
@@ -69,7 +70,7 @@ def main() -> None:
         heads, dim = map(int, shape.split('x'))
         data = make_data(int(load.split(':')[1]), heads, dim)
         for name in args.formats.split(','):
-            ours = Ours(name, load, args.page, heads, dim, data)
+            ours = Ours(name, load, args.page, heads, dim, data, queries=not args.without_queries)
             found = []
             for tile in (None, *tiles):
                 try:
@@ -80,7 +81,8 @@ def main() -> None:
                     print(shape, load, name, tile, type(error).__name__, str(error)[:100])
                     continue
                 found.append({'shape': shape, 'load': load, 'page': args.page, 'format': name,
-                              'tokens_per_program': used[0][0], 'warps': used[0][1], 'rule': tile is None, 'us': us,
+                              'tokens_per_program': used[0][0], 'warps': used[0][1], 'rule': tile is None,
+                              'queries': not args.without_queries, 'us': us,
                               'copy_fraction': (data[0].numel() * 2 + ours.written) / bandwidth / us,
                               'same_pages': same})
             rows += sorted(found, key=lambda row: row['us'])

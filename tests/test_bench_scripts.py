@@ -249,17 +249,17 @@ def test_fill_tiles_are_swept_on_the_same_pages(name):
     with tune_fill.launched_with(None) as used:
         ours(0)
     rule = used[0]
-    with tune_fill.launched_with((4, 2)) as used:
+    with tune_fill.launched_with((8, 2)) as used:
         ours(1)
-    assert used == [(4, 2)] != [rule]
-    assert ours.caches[0].k_codes.any() and tune_fill.same_pages(ours, (4, 2))
+    assert used == [(8, 2)] != [rule]
+    assert ours.caches[0].k_codes.any() and tune_fill.same_pages(ours, (8, 2))
     with tune_fill.launched_with(None) as used:
         ours(0)
     assert used == [rule]  # as it was
     kernel, shift = tune_fill.KERNEL.fill, iter((0, 1))
     with pytest.MonkeyPatch.context() as patch:  # another V for the tile than for the rule
         patch.setattr(tune_fill.KERNEL, 'fill', lambda k, v, *rest: kernel(k, v + next(shift), *rest))
-        assert not tune_fill.same_pages(ours, (4, 2))
+        assert not tune_fill.same_pages(ours, (8, 2))
 
 
 @pytest.mark.parametrize('name', ['fp8_per_token_head', 'int4_per_token_head'])

@@ -15,7 +15,20 @@ import triton.language as tl
 from ..reference import MAX_INPUT, MAX_UNBIASED, MIN_SCALE
 from .codecs import device_codec
 from .launch import batch_block, check_device, compute_capability, dependent_launch, multiprocessors
-from .rotation import load_columns, mix_columns, normalize_columns, operand, rotate_columns, saturate, split_parts
+from .rotation import (
+    by_lanes,
+    hadamard_signs,
+    load_rows,
+    mix_rows,
+    mixed_columns,
+    normalize_columns,
+    operand,
+    rotate_columns,
+    saturate,
+    split_parts,
+    store_mixed,
+    store_of_rows,
+)
 from .tiles import token_slots
 
 if TYPE_CHECKING:
@@ -36,14 +49,16 @@ def _column_sums(x, LOG_N: tl.constexpr):
     A plain reduction adds in an order that depends on how lanes and warps hold the rows, hence on how many tokens come
     at once. A token's scale must not: its page is the same whether its prompt came in one piece or in several.
     """
-    for _ in tl.static_range(LOG_N):
+    for _ in tl.static_range(2):  # a lane has four side by side, or all
+        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
+    for _ in tl.static_range(LOG_N - 2):
         x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), 0)
     return tl.reshape(x, (x.shape[1], ))
 
 
 @triton.jit
 def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr,
-               FACTOR: tl.constexpr, MIN_SCALE: tl.constexpr):
+               FACTOR: tl.constexpr, TO_SHUFFLE: tl.constexpr, MIN_SCALE: tl.constexpr):
     """Step of each column's grid: FACTOR times its largest magnitude, or its root mean square."""
     if RMS:
         squares = parts[0] * parts[0]
@@ -52,7 +67,7 @@ def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr,
         size = tl.sqrt(_column_sums(squares, LOG_P) * (1.0 / D))
     else:
         size = tl.max(tl.abs(parts[0]), 0)
-        if parts[0].shape[1] < 8:
+        if TO_SHUFFLE:
             # For the sum's sake the compiler lets bytes change lanes at the end, and not floats before.
             size = tl.maximum(size, tl.sum(parts[0], 0) * 0.0)
         for part in tl.static_range(1, PARTS):
@@ -61,31 +76,37 @@ def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token, num_tokens, stride_t, stride_h,  #
+def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first, num_tokens, stride_t, stride_h,  #
                stride_b, stride_bh, stride_sb, stride_sh, stride_static, stride_matrix,  # codes, scales: block, head
                slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,  #
                HADAMARD: tl.constexpr, ENCODE: tl.constexpr, SATURATE: tl.constexpr, OFFSET: tl.constexpr,
                RMS: tl.constexpr, FACTOR: tl.constexpr, RULE: tl.constexpr, PER_TOKEN: tl.constexpr,
                BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
-               BLOCK_D: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr,
+               BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr,
                PAGE: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr,
-               CAP: tl.constexpr):
+               WARPS: tl.constexpr, CAP: tl.constexpr):
     """Quantize rows of K or of V and write them into their pages; see ``reference.encode``.
 
     Rows are asked for before their slots, which take two reads in a row.
 
     Args:
-        head, token: KV head, and [columns] numbers of the tokens.
+        head, first: KV head, and number of the first token.
         matrix_ptr: A^T of the heads' rotations, or None; HADAMARD: the factor of butterflies in its place, or 0.
         static_ptr: the heads' scales, where they are not per token.
     """
-    LOG_P: tl.constexpr = BLOCK_P.bit_length() - 1
+    # Of a rotated row of 64 elements, lanes have two parts, and others the other two.
+    TOGETHER: tl.constexpr = min(PARTS, D // 32) if HADAMARD != 0 else PARTS
+    APART: tl.constexpr = PARTS // TOGETHER
+    LOG_P: tl.constexpr = (BLOCK_P * APART).bit_length() - 1
     byte = tl.arange(0, BLOCK_P)
+    token = first + tl.arange(0, TOKENS)
     valid = token < num_tokens
     row = token.to(tl.int64) * stride_t + head * stride_h
     raw = ()
     if HADAMARD != 0:
-        raw = (load_columns(x_ptr, row, valid, D, D), )
+        signs = hadamard_signs(HADAMARD, x_ptr.dtype.element_ty if CAP > 0 else tl.float32, 0)
+        raw = (load_rows(x_ptr, row, valid, D, WARPS), )
+        token = first + mixed_columns(TOKENS, WARPS)
     elif matrix_ptr is None:
         for part in tl.static_range(PARTS):
             there = (byte < PART) & (byte + part * PART < D)
@@ -98,7 +119,7 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
     block, offset = slot // PAGE, slot % PAGE
     parts = ()
     if HADAMARD != 0:
-        parts = split_parts(mix_columns(saturate(raw[0], MAX_INPUT, CAP), HADAMARD, CAP), PARTS)  # type: ignore[misc]
+        parts = split_parts(mix_rows(saturate(raw[0], MAX_INPUT, CAP), signs, WARPS, CAP), TOGETHER)  # type: ignore[misc]
     elif matrix_ptr is not None:
         parts = rotate_columns(x_ptr, row, valid, matrix_ptr + head * stride_matrix, D, PART, BLOCK_P, PARTS, BLOCK_D,
                                MAX_INPUT)
@@ -106,26 +127,40 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
         for part in tl.static_range(PARTS):
             parts += (saturate(raw[part], MAX_INPUT, CAP).to(tl.float32), )
     if PER_TOKEN:
-        step = _grid_step(parts, PARTS, LOG_P, D, RMS, FACTOR, MIN_SCALE)
+        step = _grid_step(parts, TOGETHER, LOG_P, D, RMS, FACTOR, HADAMARD == 0 and TOKENS < 8, MIN_SCALE)
     else:
         step = tl.load(static_ptr + head * stride_static) + tl.zeros_like(offset).to(tl.float32)
     inverse = 1.0 / step
     packed = tl.zeros_like(parts[0]).to(tl.int32)  # type: ignore[misc]
     if RULE != 0:
         xc, cc, xx = parts[0] * 0.0, parts[0] * 0.0, parts[0] * 0.0  # type: ignore[misc]
-    for part in tl.static_range(PARTS):
-        there = ((byte < PART) & (byte + part * PART < D))[:, None]
+    for part in tl.static_range(TOGETHER):
         codes = ENCODE(parts[part] * inverse[None, :], SATURATE, CAP).to(tl.int32)
         if RULE != 0:
-            c = tl.where(there, codes.to(tl.float32) - OFFSET, 0.0)
+            # 2^23 plus the code, by its bits: a conversion takes eight times as long.
+            c = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - OFFSET
+        if HADAMARD == 0:
+            there = ((byte < PART) & (byte + part * PART < D))[:, None]
+            codes = tl.where(there, codes, 0)
+            if RULE != 0:
+                c = tl.where(there, c, 0.0)
+        if RULE != 0:
             # Fused here, and nowhere that the compiler chooses: what it fuses depends on layouts.
             xc = tl.fma(parts[part], c, xc)
             cc = tl.fma(c, c, cc)
             xx = tl.fma(parts[part], parts[part], xx)
-        packed += tl.where(there, codes << (BITS * part), 0)
+        packed += codes << (BITS * APART * part)
+    if APART > 1:
+        by_part = tl.reshape(packed, (APART, PART, TOKENS))
+        packed = tl.sum(by_part << (BITS * tl.arange(0, APART))[:, None, None], 0)
+    if HADAMARD != 0:
+        block, offset, live = by_lanes(block, WARPS), by_lanes(offset, WARPS), by_lanes(live, WARPS)
     code_ptrs = codes_ptr + block * stride_b + head * stride_bh
-    tl.store(code_ptrs[None, :] + (offset * PART)[None, :] + byte[:, None], packed.to(tl.uint8),
-             mask=live[None, :] & (byte < PART)[:, None])
+    if HADAMARD != 0:
+        store_mixed(code_ptrs + offset * PART, packed.to(tl.uint8), live)
+    else:
+        tl.store(code_ptrs[None, :] + (offset * PART)[None, :] + byte[:, None], packed.to(tl.uint8),
+                 mask=live[None, :] & (byte < PART)[:, None])
     if PER_TOKEN:
         scale = step
         if RULE != 0:
@@ -135,31 +170,53 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, token
                 squares = _column_sums(xx, LOG_P)
                 scale = tl.minimum(squares / tl.maximum(products, MIN_SCALE * MIN_SCALE), scale * MAX_UNBIASED)
             scale = tl.maximum(scale, MIN_SCALE)
-        tl.store(scales_ptr + block * stride_sb + head * stride_sh + offset, scale, mask=live)
+        scale_ptrs = scales_ptr + block * stride_sb + head * stride_sh + offset
+        if HADAMARD != 0:
+            store_of_rows(scale_ptrs, scale, live, WARPS)
+        else:
+            tl.store(scale_ptrs, scale, mask=live)
 
 
 @triton.jit
-def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, column, num_rows, stride_t, stride_h, num_heads,
+def _query_rows(column, num_rows, kv_head, stride_t, stride_h, HEADS_PER_KV: tl.constexpr):
+    """Token, head, offset and validity of query rows ``column`` of a KV head."""
+    head = kv_head * HEADS_PER_KV + column % HEADS_PER_KV
+    token = (column // HEADS_PER_KV).to(tl.int64)
+    return token, head, token * stride_t + head * stride_h, column < num_rows
+
+
+@triton.jit
+def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, first, num_rows, stride_t, stride_h, num_heads,
                     HADAMARD: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                    CAP: tl.constexpr):
+                    ROWS: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
     """Write queries times the inverse of K's matrix, transposed, or by butterflies, as decode multiplies with them.
 
     Rows of [tokens, heads, D + QUERY_TAIL]: D fp16 numbers, the row divided by a power of two near its largest element,
     so that any fits; then, in fp32, the power.
     """
-    head = kv_head * HEADS_PER_KV + column % HEADS_PER_KV
-    token = (column // HEADS_PER_KV).to(tl.int64)
-    valid = column < num_rows
-    offset = token * stride_t + head * stride_h
+    token, head, offset, valid = _query_rows(first + tl.arange(0, ROWS), num_rows, kv_head, stride_t, stride_h,
+                                             HEADS_PER_KV)
     if HADAMARD != 0:
-        rotated = mix_columns(load_columns(query_ptr, offset, valid, D, D), HADAMARD, CAP)
+        signs = hadamard_signs(HADAMARD, query_ptr.dtype.element_ty if CAP > 0 else tl.float32, 0)
+        raw = load_rows(query_ptr, offset, valid, D, WARPS)
+        token, head, offset, valid = _query_rows(first + mixed_columns(ROWS, WARPS), num_rows, kv_head, stride_t,
+                                                 stride_h, HEADS_PER_KV)
+        rotated = mix_rows(raw, signs, WARPS, CAP)
     else:
         rotated = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))[0]
     stored, power = normalize_columns((rotated, ), 1)
-    dim = tl.arange(0, BLOCK_D)
-    row_ptrs = rotated_ptr + (token * num_heads + head) * (D + QUERY_TAIL)
-    tl.store(row_ptrs[None, :] + dim[:, None], stored[0], mask=valid[None, :] & (dim < D)[:, None])
-    tl.store((row_ptrs + D).to(tl.pointer_type(tl.float32)), power, mask=valid)
+    row = token * num_heads + head
+    if HADAMARD != 0:
+        row, valid = by_lanes(row, WARPS), by_lanes(valid, WARPS)
+    row_ptrs = rotated_ptr + row * (D + QUERY_TAIL)
+    power_ptrs = (row_ptrs + D).to(tl.pointer_type(tl.float32))
+    if HADAMARD != 0:
+        store_mixed(row_ptrs, stored[0], valid)
+        store_of_rows(power_ptrs, power, valid, WARPS)
+    else:
+        dim = tl.arange(0, BLOCK_D)
+        tl.store(row_ptrs[None, :] + dim[:, None], stored[0], mask=valid[None, :] & (dim < D)[:, None])
+        tl.store(power_ptrs, power, mask=valid)
 
 
 # They differ from step to step.
@@ -182,7 +239,7 @@ def _fill_kernel(
         BLOCK_PV: tl.constexpr, PARTS: tl.constexpr, PARTSV: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_DV: tl.constexpr, HEADS_PER_KV: tl.constexpr, FILLS: tl.constexpr,  #
         TOKENS: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr,
-        PDL: tl.constexpr, CAP: tl.constexpr):
+        PDL: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
     """One program writes K or V of TOKENS new tokens of one KV head, or rotates TOKENS of its query rows.
 
     ``program_id(1)`` counts the tiles of K, then those of V (both if FILLS), then those of the queries.
@@ -200,28 +257,29 @@ def _fill_kernel(
     tiles = tl.cdiv(num_tokens, TOKENS) if FILLS else 0
     if pid >= 2 * tiles:
         if query_ptr is not None:
-            column = (pid - 2 * tiles) * TOKENS + tl.arange(0, TOKENS)
             q_rotation = None
             if q_matrix_ptr is not None:
                 q_rotation = q_matrix_ptr + head * stride_k_matrix
-            _rotate_queries(query_ptr, rotated_ptr, q_rotation, head, column, num_tokens * HEADS_PER_KV,
-                            stride_query_t, stride_query_h, num_heads, HADAMARDQ, HEADS_PER_KV, D, BLOCK_D, CAP)
+            _rotate_queries(query_ptr, rotated_ptr, q_rotation, head, (pid - 2 * tiles) * TOKENS,
+                            num_tokens * HEADS_PER_KV, stride_query_t, stride_query_h, num_heads, HADAMARDQ,
+                            HEADS_PER_KV, D, BLOCK_D, TOKENS, WARPS, CAP)
         return
     if FILLS:
-        token = (pid % tiles) * TOKENS + tl.arange(0, TOKENS)
+        first = (pid % tiles) * TOKENS
         if pid < tiles:
-            _fill_rows(key_ptr, k_codes_ptr, k_scales_ptr, k_static_ptr, k_matrix_ptr, head, token, num_tokens,
+            _fill_rows(key_ptr, k_codes_ptr, k_scales_ptr, k_static_ptr, k_matrix_ptr, head, first, num_tokens,
                        stride_key_t, stride_key_h, stride_kb, stride_kh, stride_ksb, stride_ksh, stride_k_static,
                        stride_k_matrix, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
                        HADAMARD, ENCODE, SATURATE, OFFSET, RMS, FACTOR, RULE, PER_TOKEN, BITS, PARTS, PART, BLOCK_P,
-                       D, BLOCK_D, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH, CAP)
+                       D, BLOCK_D, TOKENS, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN,
+                       BATCH, WARPS, CAP)
         else:
-            _fill_rows(value_ptr, v_codes_ptr, v_scales_ptr, v_static_ptr, v_matrix_ptr, head, token, num_tokens,
+            _fill_rows(value_ptr, v_codes_ptr, v_scales_ptr, v_static_ptr, v_matrix_ptr, head, first, num_tokens,
                        stride_value_t, stride_value_h, stride_vb, stride_vh, stride_vsb, stride_vsh, stride_v_static,
                        stride_v_matrix, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
                        HADAMARDV, ENCODEV, SATURATEV, OFFSETV, RMSV, FACTORV, RULEV, PER_TOKENV, BITSV, PARTSV,
-                       PARTV, BLOCK_PV, DV, BLOCK_DV, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN,
-                       UNIFORM_QUERY_LEN, BATCH, CAP)
+                       PARTV, BLOCK_PV, DV, BLOCK_DV, TOKENS, MIN_SCALE, MAX_INPUT, MAX_UNBIASED, PAGE, SLOTS_GIVEN,
+                       UNIFORM_QUERY_LEN, BATCH, WARPS, CAP)
 
 
 @dataclass(frozen=True)
@@ -299,7 +357,7 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         **cache.sizes(), HEADS_PER_KV=heads_per_kv,
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=1 if layout.uniform_query_len else batch_block(batch),
-        CAP=cap, num_warps=warps, enable_fp_fusion=False, **dependent_launch(cap))  # fusing would depend on layouts
+        WARPS=warps, CAP=cap, num_warps=warps, enable_fp_fusion=False, **dependent_launch(cap))  # fusing would depend on layouts
 
 
 def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, butterflies: bool) -> tuple[int, int]:
@@ -307,23 +365,20 @@ def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, b
 
     For a decode step as few as there can be without too many programs, for starting one takes over a nanosecond of the
     GPU; benchmarks/results/fill_sweeps.json. Every program that multiplies by a matrix reads it, so that there should
-    not be many more than multiprocessors.
+    not be many more than multiprocessors. Butterflies take four rows per warp, or eight.
     """
     rows, sms = tokens * rows_per_token * cache.num_kv_heads, multiprocessors(cache.k_codes.device)
     dim = max(cache.head_dim, cache.v_head_dim)
     if matrices:
-        tile = min(max(8, triton.next_power_of_2(rows // (2 * sms))), 64)
+        tile = min(max(16 if butterflies else 8, triton.next_power_of_2(rows // (2 * sms))), 64)
         return tile, 4 if tile <= 16 else 8
     if tokens > 512:
-        return 32, 4
-    # Few steps, for every size is compiled. Products of butterflies have eight columns, of one row or of several: with
-    # two warps, of rows whose halves meet through shared memory, where no sum has to.
-    first = max(1, 128 // min(cache.head_dim, cache.v_head_dim)) if butterflies else 1
-    sums = any(encoding.rule != 'step' for encoding in (cache.format.key, cache.format.value))
-    many = (8, 1) if not butterflies else (8, 2) if dim > 128 and not sums else (32, 4)
-    steps = [(tile, warps) for tile, warps in ((first, 1), (4 * first, 1), many) if tile // warps * dim <= 1024]
-    programs = (6 if butterflies else 2) * sms
-    return next((step for step in steps if rows <= programs * step[0]), steps[-1])
+        return (32, 4) if dim <= 128 or not butterflies else (16, 4)
+    # Few steps, for every size is compiled.
+    if butterflies:
+        return (4, 1) if rows <= 24 * sms else (16, 4) if dim <= 128 else (8, 2)
+    steps = [(tile, 1) for tile in (1, 4, 8) if tile * dim <= 1024]
+    return next((step for step in steps if rows <= 2 * sms * step[0]), steps[-1])
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
