@@ -106,7 +106,8 @@ def main() -> None:
                     base = next((r['us'] for r in rows if (r['contender'], r['policy'], r['shape'], r['load'],
                                                            r['page']) == ('lmdeploy', 0, shape, load, page)), us)
                     rows.append({'contender': contender, 'policy': policy, 'shape': shape, 'load': load, 'page': page,
-                                 'queries': queries, 'us': us, 'copy_fraction': (read + written) / bandwidth / us, 'vs_bf16': us / base})
+                                 'queries': queries, 'us': us, 'copy_fraction': (read + written) / bandwidth / us,
+                                 'vs_bf16': us / base})
 
                 for policy, dtype in ((0, torch.bfloat16), (16, torch.float8_e4m3fn), (8, torch.uint8)):
                     caches = [torch.zeros((2, blocks, page, heads, dim), dtype=dtype, device='cuda')

@@ -14,10 +14,11 @@ import torch
 from lmdeploy_kvq import KVFormat, flatten, reference
 from lmdeploy_kvq.kernels.combine import FAN
 from lmdeploy_kvq.kernels.decode import decode
-from lmdeploy_kvq.kernels.fill import QUERY_TAIL, DecodeInputs, TokenLayout, fill
+from lmdeploy_kvq.kernels.fill import DecodeInputs, TokenLayout, fill
 from lmdeploy_kvq.kernels.flatten import NewTokens
 from lmdeploy_kvq.kernels.flatten import flatten as flatten_into
 from lmdeploy_kvq.kernels.merge import merge
+from lmdeploy_kvq.kernels.queries import QUERY_TAIL
 from lmdeploy_kvq.kernels.workspace import DecodeConfig, Workspace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tests'))

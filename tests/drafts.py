@@ -1,4 +1,4 @@
-"""Draft models for the tiny Llama of tests/models.py."""
+"""Draft models: for the tiny Llama of tests/models.py, and for a trained model."""
 from __future__ import annotations
 
 import json
@@ -31,6 +31,39 @@ def write_eagle(folder: Path, target: Path) -> None:
     (folder / 'config.json').write_text(json.dumps(config))
     save_file({name: weight.contiguous() for name, weight in own.items()}, folder / 'model.safetensors',
               metadata={'format': 'pt'})
+
+
+@torch.inference_mode()
+def fit_eagle(folder: Path, target: Path, model: torch.nn.Module, texts: torch.Tensor) -> None:
+    """An EAGLE draft of a trained target, fitted to texts: it foresees hidden states by least squares.
+
+    The joint projection takes the embedding of a token and the target's hidden state before it to the target's hidden
+    state after it, as well as a linear map can. The one layer behind it, the target's last, adds nothing.
+
+    Args:
+        target: folder of the model; model: the same by transformers, fp32.
+        texts: [texts, tokens] token ids, on the model's device.
+    """
+    from safetensors.torch import save_file
+    embedding, hidden = model.get_input_embeddings().weight, model.config.hidden_size
+    products = torch.zeros(2 * hidden, 3 * hidden, dtype=torch.float64, device=texts.device)
+    for ids in texts.split(32):
+        states = model.model(ids).last_hidden_state
+        known = torch.cat([embedding[ids[:, 1:]], states[:, :-1]], -1).flatten(0, 1).double()
+        products += known.mT @ torch.cat([known, states[:, 1:].flatten(0, 1).double()], 1)
+    squares, wanted = products.split([2 * hidden, hidden], 1)
+    fitted = torch.linalg.solve(squares + 1e-3 * squares.diagonal().diag(), wanted)
+    last = f'model.layers.{model.config.num_hidden_layers - 1}.'
+    weights = {f'layers.0.{name.removeprefix(last)}': weight for name, weight in model.state_dict().items()
+               if name.startswith(last) and 'input_layernorm' not in name}
+    for name in ('self_attn.o_proj.weight', 'mlp.down_proj.weight'):
+        weights[f'layers.0.{name}'] = torch.zeros_like(weights[f'layers.0.{name}'])
+    weights |= {'fc.weight': fitted.mT, 'embed_tokens.weight': embedding}
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((target / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 1}))
+    save_file({name: weight.to(torch.bfloat16).cpu().contiguous() for name, weight in weights.items()},
+              folder / 'model.safetensors', metadata={'format': 'pt'})
 
 
 def as_draft(model: torch.nn.Module) -> torch.nn.Module:

@@ -287,7 +287,7 @@ class DeviceCodec:
     """Device functions of one codec.
 
     Attributes:
-        encode, decode: fp32 to codes, codes to fp16. pairs: two neighbouring codes to fp16, centered.
+        encode, decode: fp32 to codes (encode.py), codes to fp16. pairs: two neighbouring codes to fp16, centered.
         finite: makes whatever ``decode`` returns finite, for slots that were never written.
         gain: what ``decode`` divides by; soft_gain: on GPUs without fp8 conversion.
     """

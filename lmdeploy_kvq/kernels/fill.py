@@ -15,21 +15,10 @@ import triton.language as tl
 from ..reference import MAX_INPUT, MAX_UNBIASED, MIN_SCALE
 from .codecs import device_codec
 from .launch import batch_block, check_device, compute_capability, dependent_launch, multiprocessors
-from .rotation import (
-    by_lanes,
-    hadamard_signs,
-    load_rows,
-    mix_rows,
-    mixed_columns,
-    normalize_columns,
-    operand,
-    rotate_columns,
-    saturate,
-    split_parts,
-    store_mixed,
-    store_of_rows,
-)
-from .tiles import token_slots
+from .queries import rotate_queries
+from .rotation import hadamard_signs, operand, rotate_columns, saturate, split_parts
+from .rows import by_lanes, load_rows, mix_rows, mixed_columns, store_mixed, store_of_rows
+from .tiles import token_places
 
 if TYPE_CHECKING:
     from ..formats import Encoding
@@ -37,10 +26,6 @@ if TYPE_CHECKING:
 
 
 _RULES = {'step': 0, 'least_squares': 1, 'unbiased': 2}
-
-QUERY_TAIL = tl.constexpr(8)
-"""fp16 words behind a rotated query: an fp32 number, and padding to whole 16 bytes."""
-
 
 @triton.jit
 def _column_sums(x, LOG_N: tl.constexpr):
@@ -57,22 +42,24 @@ def _column_sums(x, LOG_N: tl.constexpr):
 
 
 @triton.jit
-def _grid_step(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr,
-               FACTOR: tl.constexpr, TO_SHUFFLE: tl.constexpr, MIN_SCALE: tl.constexpr):
-    """Step of each column's grid: FACTOR times its largest magnitude, or its root mean square."""
-    if RMS:
-        squares = parts[0] * parts[0]
-        for part in tl.static_range(1, PARTS):
-            squares = tl.fma(parts[part], parts[part], squares)
-        size = tl.sqrt(_column_sums(squares, LOG_P) * (1.0 / D))
-    else:
-        size = tl.max(tl.abs(parts[0]), 0)
-        if TO_SHUFFLE:
-            # For the sum's sake the compiler lets bytes change lanes at the end, and not floats before.
-            size = tl.maximum(size, tl.sum(parts[0], 0) * 0.0)
-        for part in tl.static_range(1, PARTS):
-            size = tl.maximum(size, tl.max(tl.abs(parts[part]), 0))
-    return tl.maximum(size * FACTOR, MIN_SCALE)
+def _squares(parts, PARTS: tl.constexpr, LOG_P: tl.constexpr):
+    """Sums of the squares of columns in parts."""
+    squares = parts[0] * parts[0]
+    for part in tl.static_range(1, PARTS):
+        squares = tl.fma(parts[part], parts[part], squares)
+    return _column_sums(squares, LOG_P)
+
+
+@triton.jit
+def _largest(parts, PARTS: tl.constexpr, TO_SHUFFLE: tl.constexpr):
+    """Largest magnitudes of columns in parts."""
+    size = tl.max(tl.abs(parts[0]), 0)
+    if TO_SHUFFLE:
+        # For the sum's sake the compiler lets bytes change lanes at the end, and not floats before.
+        size = tl.maximum(size, tl.sum(parts[0], 0) * 0.0)
+    for part in tl.static_range(1, PARTS):
+        size = tl.maximum(size, tl.max(tl.abs(parts[part]), 0))
+    return size
 
 
 @triton.jit
@@ -82,9 +69,9 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first
                HADAMARD: tl.constexpr, ENCODE: tl.constexpr, SATURATE: tl.constexpr, OFFSET: tl.constexpr,
                RMS: tl.constexpr, FACTOR: tl.constexpr, RULE: tl.constexpr, PER_TOKEN: tl.constexpr,
                BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
-               BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr, MAX_UNBIASED: tl.constexpr,
-               PAGE: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr,
-               WARPS: tl.constexpr, CAP: tl.constexpr):
+               BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, MIN_SCALE: tl.constexpr, MAX_INPUT: tl.constexpr,
+               MAX_UNBIASED: tl.constexpr, PAGE: tl.constexpr, SLOTS_GIVEN: tl.constexpr,
+               UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
     """Quantize rows of K or of V and write them into their pages; see ``reference.encode``.
 
     Rows are asked for before their slots, which take two reads in a row.
@@ -112,14 +99,13 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first
             there = (byte < PART) & (byte + part * PART < D)
             raw += (tl.load(x_ptr + row[None, :] + (byte + part * PART)[:, None],
                             mask=valid[None, :] & there[:, None], other=0.0), )
-    slot = token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
-                       PAGE, SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH)
-    live = slot >= 0
-    slot = tl.maximum(slot, 0)
-    block, offset = slot // PAGE, slot % PAGE
+    block, offset, live = token_places(
+        token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch, PAGE,
+        SLOTS_GIVEN, UNIFORM_QUERY_LEN, BATCH)
     parts = ()
     if HADAMARD != 0:
-        parts = split_parts(mix_rows(saturate(raw[0], MAX_INPUT, CAP), signs, WARPS, CAP), TOGETHER)  # type: ignore[misc]
+        mixed = mix_rows(saturate(raw[0], MAX_INPUT, CAP), signs, WARPS, CAP)  # type: ignore[misc]
+        parts = split_parts(mixed, TOGETHER)
     elif matrix_ptr is not None:
         parts = rotate_columns(x_ptr, row, valid, matrix_ptr + head * stride_matrix, D, PART, BLOCK_P, PARTS, BLOCK_D,
                                MAX_INPUT)
@@ -127,18 +113,23 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first
         for part in tl.static_range(PARTS):
             parts += (saturate(raw[part], MAX_INPUT, CAP).to(tl.float32), )
     if PER_TOKEN:
-        step = _grid_step(parts, TOGETHER, LOG_P, D, RMS, FACTOR, HADAMARD == 0 and TOKENS < 8, MIN_SCALE)
+        # Of a column's magnitudes, the largest or the root mean square.
+        if RMS or RULE == 2:
+            squares = _squares(parts, TOGETHER, LOG_P)
+        if RMS:
+            size = tl.sqrt(squares * (1.0 / D))
+        else:
+            size = _largest(parts, TOGETHER, HADAMARD == 0 and TOKENS < 8)
+        step = tl.maximum(size * FACTOR, MIN_SCALE)
     else:
         step = tl.load(static_ptr + head * stride_static) + tl.zeros_like(offset).to(tl.float32)
     inverse = 1.0 / step
     packed = tl.zeros_like(parts[0]).to(tl.int32)  # type: ignore[misc]
-    if RULE != 0:
-        xc, cc, xx = parts[0] * 0.0, parts[0] * 0.0, parts[0] * 0.0  # type: ignore[misc]
+    xc, cc = step, step  # once RULE asks for them, sums over parts
     for part in tl.static_range(TOGETHER):
-        codes = ENCODE(parts[part] * inverse[None, :], SATURATE, CAP).to(tl.int32)
+        codes = ENCODE(parts[part], inverse[None, :], SATURATE, CAP)
         if RULE != 0:
-            # 2^23 plus the code, by its bits: a conversion takes eight times as long.
-            c = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - OFFSET
+            c = codes.to(tl.float32, bitcast=True) - 8388608.0 - OFFSET
         if HADAMARD == 0:
             there = ((byte < PART) & (byte + part * PART < D))[:, None]
             codes = tl.where(there, codes, 0)
@@ -146,10 +137,9 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first
                 c = tl.where(there, c, 0.0)
         if RULE != 0:
             # Fused here, and nowhere that the compiler chooses: what it fuses depends on layouts.
-            xc = tl.fma(parts[part], c, xc)
-            cc = tl.fma(c, c, cc)
-            xx = tl.fma(parts[part], parts[part], xx)
-        packed += codes << (BITS * APART * part)
+            xc = tl.fma(parts[part], c, xc) if part > 0 else parts[part] * c
+            cc = tl.fma(c, c, cc) if part > 0 else c * c
+        packed += codes << (BITS * APART * part)  # of which the low byte counts
     if APART > 1:
         by_part = tl.reshape(packed, (APART, PART, TOKENS))
         packed = tl.sum(by_part << (BITS * tl.arange(0, APART))[:, None, None], 0)
@@ -167,7 +157,6 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first
             products = _column_sums(xc, LOG_P)
             scale = products / tl.sum(cc, 0)  # a sum that is exact in any order
             if RULE == 2:
-                squares = _column_sums(xx, LOG_P)
                 scale = tl.minimum(squares / tl.maximum(products, MIN_SCALE * MIN_SCALE), scale * MAX_UNBIASED)
             scale = tl.maximum(scale, MIN_SCALE)
         scale_ptrs = scales_ptr + block * stride_sb + head * stride_sh + offset
@@ -175,48 +164,6 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first
             store_of_rows(scale_ptrs, scale, live, WARPS)
         else:
             tl.store(scale_ptrs, scale, mask=live)
-
-
-@triton.jit
-def _query_rows(column, num_rows, kv_head, stride_t, stride_h, HEADS_PER_KV: tl.constexpr):
-    """Token, head, offset and validity of query rows ``column`` of a KV head."""
-    head = kv_head * HEADS_PER_KV + column % HEADS_PER_KV
-    token = (column // HEADS_PER_KV).to(tl.int64)
-    return token, head, token * stride_t + head * stride_h, column < num_rows
-
-
-@triton.jit
-def _rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, first, num_rows, stride_t, stride_h, num_heads,
-                    HADAMARD: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                    ROWS: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
-    """Write queries times the inverse of K's matrix, transposed, or by butterflies, as decode multiplies with them.
-
-    Rows of [tokens, heads, D + QUERY_TAIL]: D fp16 numbers, the row divided by a power of two near its largest element,
-    so that any fits; then, in fp32, the power.
-    """
-    token, head, offset, valid = _query_rows(first + tl.arange(0, ROWS), num_rows, kv_head, stride_t, stride_h,
-                                             HEADS_PER_KV)
-    if HADAMARD != 0:
-        signs = hadamard_signs(HADAMARD, query_ptr.dtype.element_ty if CAP > 0 else tl.float32, 0)
-        raw = load_rows(query_ptr, offset, valid, D, WARPS)
-        token, head, offset, valid = _query_rows(first + mixed_columns(ROWS, WARPS), num_rows, kv_head, stride_t,
-                                                 stride_h, HEADS_PER_KV)
-        rotated = mix_rows(raw, signs, WARPS, CAP)
-    else:
-        rotated = rotate_columns(query_ptr, offset, valid, matrix_ptr, D, D, BLOCK_D, 1, BLOCK_D, float('inf'))[0]
-    stored, power = normalize_columns((rotated, ), 1)
-    row = token * num_heads + head
-    if HADAMARD != 0:
-        row, valid = by_lanes(row, WARPS), by_lanes(valid, WARPS)
-    row_ptrs = rotated_ptr + row * (D + QUERY_TAIL)
-    power_ptrs = (row_ptrs + D).to(tl.pointer_type(tl.float32))
-    if HADAMARD != 0:
-        store_mixed(row_ptrs, stored[0], valid)
-        store_of_rows(power_ptrs, power, valid, WARPS)
-    else:
-        dim = tl.arange(0, BLOCK_D)
-        tl.store(row_ptrs[None, :] + dim[:, None], stored[0], mask=valid[None, :] & (dim < D)[:, None])
-        tl.store(power_ptrs, power, mask=valid)
 
 
 # They differ from step to step.
@@ -260,7 +207,7 @@ def _fill_kernel(
             q_rotation = None
             if q_matrix_ptr is not None:
                 q_rotation = q_matrix_ptr + head * stride_k_matrix
-            _rotate_queries(query_ptr, rotated_ptr, q_rotation, head, (pid - 2 * tiles) * TOKENS,
+            rotate_queries(query_ptr, rotated_ptr, q_rotation, head, (pid - 2 * tiles) * TOKENS,
                             num_tokens * HEADS_PER_KV, stride_query_t, stride_query_h, num_heads, HADAMARDQ,
                             HEADS_PER_KV, D, BLOCK_D, TOKENS, WARPS, CAP)
         return
@@ -307,7 +254,7 @@ class DecodeInputs:
     Attributes:
         counters: int32 [n], zeroed.
         query: [tokens, heads, head_dim], and rotated: fp16 [tokens, heads, head_dim + QUERY_TAIL], contiguous, written
-            as :func:`_rotate_queries` says; or None both.
+            as :func:`~lmdeploy_kvq.kernels.queries.rotate_queries` says; or None both.
     """
     counters: torch.Tensor
     query: torch.Tensor | None = None
@@ -357,7 +304,8 @@ def fill(key: torch.Tensor | None, value: torch.Tensor | None, cache: PagedCache
         **cache.sizes(), HEADS_PER_KV=heads_per_kv,
         FILLS=key is not None, TOKENS=tile, SLOTS_GIVEN=layout.slots is not None,
         UNIFORM_QUERY_LEN=layout.uniform_query_len, BATCH=1 if layout.uniform_query_len else batch_block(batch),
-        WARPS=warps, CAP=cap, num_warps=warps, enable_fp_fusion=False, **dependent_launch(cap))  # fusing would depend on layouts
+        WARPS=warps, CAP=cap, num_warps=warps,
+        enable_fp_fusion=False, **dependent_launch(cap))  # what would be fused depends on layouts
 
 
 def _tile(cache: PagedCache, tokens: int, rows_per_token: int, matrices: bool, butterflies: bool) -> tuple[int, int]:

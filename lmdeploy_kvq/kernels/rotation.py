@@ -29,7 +29,7 @@ def operand(transform: Transform | None, inverse: bool = False) -> tuple[torch.T
 
 
 @triton.jit
-def _butterflies(y, STEP: tl.constexpr):
+def butterflies(y, STEP: tl.constexpr):
     """Sums and differences of columns of y [16, n] that are STEP apart, where they were."""
     ROWS: tl.constexpr = y.shape[0]
     COLUMNS: tl.constexpr = y.shape[1]
@@ -64,15 +64,15 @@ def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero):
     low = tl.reshape(tl.permute(tl.reshape(x, (HIGH, 16, COLUMNS)), (1, 0, 2)), (16, HIGH * COLUMNS))
     y = tl.dot(hadamard_signs(FACTOR, x.dtype, zero), low, input_precision=PRECISION)
     if HIGH >= 2:
-        y = _butterflies(y, COLUMNS)
+        y = butterflies(y, COLUMNS)
     if HIGH >= 4:
-        y = _butterflies(y, 2 * COLUMNS)
+        y = butterflies(y, 2 * COLUMNS)
     if HIGH >= 8:
-        y = _butterflies(y, 4 * COLUMNS)
+        y = butterflies(y, 4 * COLUMNS)
     if HIGH >= 16:
-        y = _butterflies(y, 8 * COLUMNS)
+        y = butterflies(y, 8 * COLUMNS)
     if HIGH >= 32:
-        y = _butterflies(y, 16 * COLUMNS)
+        y = butterflies(y, 16 * COLUMNS)
     return tl.reshape(tl.permute(tl.reshape(y, (16, HIGH, COLUMNS)), (1, 0, 2)), (HIGH * 16, COLUMNS))
 
 
@@ -97,118 +97,6 @@ def saturate(x, LIMIT: tl.constexpr, CAP: tl.constexpr):
                                          [x, tl.full([1, 1], -LIMIT, tl.bfloat16),
                                           tl.full([1, 1], LIMIT, tl.bfloat16)],
                                          dtype=tl.bfloat16, is_pure=True, pack=2)
-
-
-@triton.jit
-def mixed_columns(COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Which row a column of :func:`mix_rows` is, int32 [COLUMNS]."""
-    GROUPS: tl.constexpr = max(WARPS, COLUMNS // 8)
-    EACH: tl.constexpr = COLUMNS // GROUPS
-    PAIR: tl.constexpr = max(1, EACH // 4)
-    column = tl.arange(0, COLUMNS)
-    return column // PAIR % GROUPS * EACH + column // (PAIR * GROUPS) * PAIR + column % PAIR
-
-
-@triton.jit
-def load_rows(x_ptr, offset, valid, D: tl.constexpr, WARPS: tl.constexpr):
-    """Rows [D] at ``x_ptr + offset`` [rows] in the shape that :func:`mix_rows` takes, D a power of two, 32 or more.
-
-    Eight elements side by side are a lane's, four of those the lanes' that share a row; then come the rows of a warp,
-    and other warps' rows. What is left of a row is in the same lanes, but for rows of which a warp has less than eight.
-    """
-    ROWS: tl.constexpr = offset.shape[0]
-    SPREAD: tl.constexpr = min(max(8 * WARPS // ROWS, 1), D // 32)
-    HIGH: tl.constexpr = D // 32 // SPREAD
-    lane = tl.arange(0, 4)[:, None, None, None, None] * 8
-    spread = tl.arange(0, SPREAD)[None, :, None, None, None] * 32
-    element = tl.arange(0, 8)[None, None, None, :, None]
-    high = tl.arange(0, HIGH)[None, None, None, None, :] * (32 * SPREAD)
-    ptrs = x_ptr + offset[None, None, :, None, None] + (lane + spread + element + high)
-    there = tl.broadcast_to(valid[None, None, :, None, None], (4, SPREAD, ROWS, 8, HIGH))
-    return tl.load(ptrs, mask=there, other=0.0)
-
-
-@triton.jit
-def mix_rows(x, signs, WARPS: tl.constexpr, CAP: tl.constexpr):
-    """Rows from :func:`load_rows` times the Hadamard matrix, as fp32 [D, rows]; column c is row mixed_columns[c].
-
-    A Hadamard matrix is the same when the bits of its indices change places. So 16 elements meet in a product which
-    its lanes hold as they come from memory, and the product's result is held as it goes to memory: four elements side
-    by side in a lane, eight lanes with 32 of a row. With eight or four rows per warp nothing changes lanes.
-
-    Args:
-        signs: :func:`hadamard_signs` of 16 in the dtype of ``x``, or in fp32 where CAP is 0.
-    """
-    SPREAD: tl.constexpr = x.shape[1]
-    ROWS: tl.constexpr = x.shape[2]
-    HIGH: tl.constexpr = x.shape[4]
-    GROUPS: tl.constexpr = max(WARPS, ROWS // 8)
-    EACH: tl.constexpr = ROWS // GROUPS
-    PAIR: tl.constexpr = max(1, EACH // 4)
-    PRECISION: tl.constexpr = 'ieee' if x.dtype == tl.float32 else 'tf32'
-    tl.static_assert(EACH * SPREAD == 8 and EACH >= 4 and SPREAD * HIGH <= 16)
-    if CAP == 0:
-        x = x.to(tl.float32)  # the interpreter multiplies the bits of bf16
-    bits = tl.reshape(x, (4, SPREAD, ROWS, 2, 2, 2, HIGH))
-    low = tl.reshape(tl.permute(bits, (5, 0, 3, 6, 4, 2, 1)), (16, 2 * HIGH * ROWS * SPREAD))
-    y = tl.dot(signs, low, input_precision=PRECISION)
-    # From the lowest bit of an element's number to the highest however rows are held: what is rounded is the same.
-    y = _butterflies(y, SPREAD * ROWS)
-    if SPREAD == 2:
-        y = _butterflies(y, 1)
-    if HIGH >= 2:
-        y = _butterflies(y, 2 * SPREAD * ROWS)
-    if HIGH >= 4:
-        y = _butterflies(y, 4 * SPREAD * ROWS)
-    if HIGH >= 8:
-        y = _butterflies(y, 8 * SPREAD * ROWS)
-    if HIGH >= 16:
-        y = _butterflies(y, 16 * SPREAD * ROWS)
-    bits = tl.reshape(y, (2, 4, 2, HIGH, 2, GROUPS, EACH // PAIR, PAIR, SPREAD))
-    return tl.reshape(tl.permute(bits, (3, 8, 1, 2, 4, 0, 6, 5, 7)), (32 * SPREAD * HIGH, ROWS))
-
-
-@triton.jit
-def by_lanes(x, WARPS: tl.constexpr):
-    """x [rows] in the order of :func:`mixed_columns`, in a shape for :func:`store_mixed` to be broadcast to.
-
-    What the compiler knows of multiples ends here: addresses are to be multiplied from what comes out, not to go in.
-    """
-    GROUPS: tl.constexpr = max(WARPS, x.shape[0] // 8)
-    PAIR: tl.constexpr = max(1, x.shape[0] // GROUPS // 4)
-    return tl.reshape(x, (x.shape[0] // GROUPS // PAIR, 1, 1, GROUPS, PAIR, 1))
-
-
-@triton.jit
-def store_mixed(row_ptrs, x, mask):
-    """Store columns x [n, rows] of :func:`mix_rows`, n a multiple of 4, at ``row_ptrs``, which like ``mask`` is
-    :func:`by_lanes`: in a shape for which the compiler gives the lanes what they have."""
-    LANES: tl.constexpr = min(8, x.shape[0] // 4)
-    HIGH: tl.constexpr = x.shape[0] // (4 * LANES)
-    OTHERS: tl.constexpr = row_ptrs.shape[0]
-    GROUPS: tl.constexpr = row_ptrs.shape[3]
-    PAIR: tl.constexpr = row_ptrs.shape[4]
-    lane = tl.arange(0, 8)[None, :, None, None, None, None]
-    element = tl.arange(0, 4)[None, None, :, None, None, None]
-    high = tl.arange(0, HIGH)[None, None, None, None, None, :] * (4 * LANES)
-    values = tl.reshape(x, (HIGH, LANES, 4, OTHERS, GROUPS, PAIR))
-    if LANES < 8:  # eight lanes have them, twice or more
-        values = tl.broadcast_to(values[:, None], (HIGH, 8 // LANES, LANES, 4, OTHERS, GROUPS, PAIR))
-        values = tl.reshape(values, (HIGH, 8, 4, OTHERS, GROUPS, PAIR))
-        mask = mask & (lane < LANES)
-    values = tl.permute(values, (3, 1, 2, 4, 5, 0))
-    tl.store(row_ptrs + (lane * 4 + element + high), values, mask=tl.broadcast_to(mask, values.shape))
-
-
-@triton.jit
-def store_of_rows(ptrs, x, mask, WARPS: tl.constexpr):
-    """Store a number of each row, x [rows], like :func:`store_mixed`: each by one of the lanes that have it."""
-    OTHERS: tl.constexpr = ptrs.shape[0]
-    GROUPS: tl.constexpr = ptrs.shape[3]
-    PAIR: tl.constexpr = ptrs.shape[4]
-    lane = tl.arange(0, 8)[None, :, None, None, None, None]
-    values = tl.broadcast_to(by_lanes(x, WARPS), (OTHERS, 8, 1, GROUPS, PAIR, 1))
-    tl.store(ptrs + lane * 0, values, mask=mask & (lane == 0))
 
 
 @triton.jit

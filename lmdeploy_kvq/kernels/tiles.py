@@ -248,9 +248,9 @@ def tile_offset(tile, lane, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
+def token_places(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
                 PAGE: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr):
-    """Cache slot (block * PAGE + offset, int64) of new tokens, negative where nothing is to be written.
+    """Page (int64) of new tokens and offset in it, and whether they are to be written at all.
 
     Either read from ``slot_ptr`` (SLOTS_GIVEN), or derived as LMDeploy lays a batch out: sequence ``s`` owns tokens
     ``q_start[s] .. q_start[s] + q_len[s]``, which are the last ``q_len[s]`` of its ``kv_len[s]``. UNIFORM_QUERY_LEN
@@ -258,12 +258,19 @@ def token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr,
     """
     valid = token < num_tokens
     if SLOTS_GIVEN:
-        return tl.load(slot_ptr + token, mask=valid, other=-1).to(tl.int64)
+        slot = tl.load(slot_ptr + token, mask=valid, other=-1).to(tl.int64)
+        valid = slot >= 0
+        slot = tl.maximum(slot, 0)
+        return slot // PAGE, slot % PAGE, valid
     else:
         if UNIFORM_QUERY_LEN > 0:
             seq = token // UNIFORM_QUERY_LEN
             valid = valid & (seq < batch)
             back = UNIFORM_QUERY_LEN - token % UNIFORM_QUERY_LEN
+        elif BATCH == 1:
+            seq = token * 0
+            back = tl.load(q_start_ptr).to(tl.int32) + tl.load(q_len_ptr).to(tl.int32) - token
+            valid = valid & (back > 0)
         else:
             index = tl.arange(0, BATCH)
             starts = tl.load(q_start_ptr + index, mask=index < batch, other=0).to(tl.int32)
@@ -274,7 +281,10 @@ def token_slots(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr,
             end = tl.load(q_start_ptr + seq, mask=valid, other=0).to(tl.int32) + tl.load(
                 q_len_ptr + seq, mask=valid, other=0).to(tl.int32)
             back = end - token
-        position = tl.load(kv_len_ptr + seq, mask=valid, other=0).to(tl.int32) - back
+        if BATCH == 1 and UNIFORM_QUERY_LEN == 0:
+            position = tl.load(kv_len_ptr).to(tl.int32) - back
+        else:
+            position = tl.load(kv_len_ptr + seq, mask=valid, other=0).to(tl.int32) - back
         valid = valid & (position >= 0)
         block = tl.load(table_ptr + seq.to(tl.int64) * stride_table + position // PAGE, mask=valid, other=0)
-        return tl.where(valid, block.to(tl.int64) * PAGE + position % PAGE, -1)
+        return block.to(tl.int64), position % PAGE, valid

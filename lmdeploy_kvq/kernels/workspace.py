@@ -9,8 +9,9 @@ import torch
 import triton
 
 from .combine import FAN, STATISTICS
-from .fill import QUERY_TAIL, DecodeInputs, TokenLayout, fill
+from .fill import DecodeInputs, TokenLayout, fill
 from .launch import multiprocessors, shared_memory
+from .queries import QUERY_TAIL
 
 if TYPE_CHECKING:
     from ..paged import PagedCache
