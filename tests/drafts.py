@@ -61,7 +61,8 @@ def fit_eagle(folder: Path, target: Path, model: torch.nn.Module, texts: torch.T
     weights |= {'fc.weight': fitted.mT, 'embed_tokens.weight': embedding}
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((target / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 1}))
+    # LMDeploy's draft has no head of its own to tie: the target's is taken.
+    (folder / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 1, 'tie_word_embeddings': False}))
     save_file({name: weight.to(torch.bfloat16).cpu().contiguous() for name, weight in weights.items()},
               folder / 'model.safetensors', metadata={'format': 'pt'})
 

@@ -161,6 +161,20 @@ def test_merging_reads_everywhere_before_it_writes_in_place(compiled, capability
 
 @EACH
 @FORMATS
+def test_lanes_that_add_up_have_the_same_sum(compiled, fmt, capability):
+    """A product that a lane adds to another lane's is rounded first. Fused, each lane would have its own unrounded, and
+    which of them goes on through shared memory is chance: compute-sanitizer's racecheck found that in combining."""
+    made = re.compile(r'\s*(?:@%p\d+ )?([\w.]+)\s+(%\w+)')
+    for kernel in ('fill', 'flatten', 'decode', 'merge'):
+        for result in compiled(capability, fmt, kernel):
+            by = {found[2]: found[1] for found in map(made.match, result['ptx'].splitlines()) if found}
+            crossing = re.findall(r'shfl\.sync\.bfly\.b32\s+%\w+(?:\|%p\d+)?, (%\w+)', result['ptx'])
+            assert crossing or kernel != 'decode'
+            assert not [register for register in crossing if by.get(register, '').startswith('mul')]
+
+
+@EACH
+@FORMATS
 def test_results_are_left_counted_and_combined_one_after_the_other(compiled, fmt, capability):
     """All warps have left theirs before one of them counts it; none reads others' before that; none replaces one before
     all have read it. compute-sanitizer's racecheck does not look at global memory."""

@@ -72,7 +72,8 @@ def combine_partials(ptr, step, children, PARTV: tl.constexpr, BLOCK_PV: tl.cons
         shift = tl.where(largest == float('-inf'), 0.0, largest)
         alpha = tl.exp2(m - shift)
         factor = tl.exp2(ms - shift[:, None])
-        l = l * alpha + tl.sum(ls * factor, 1)
+        # Rounded before lanes add them up: a product fused with an addition would differ from lane to lane.
+        l = l * alpha + tl.sum(tl.fma(ls, factor, 0.0), 1)
         acc = acc * alpha[:, None] + tl.sum(results * factor[:, None, :], 2)
         m = largest
     return m, l, tl.permute(acc, (1, 0))

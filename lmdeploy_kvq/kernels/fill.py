@@ -74,7 +74,7 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first
                UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
     """Quantize rows of K or of V and write them into their pages; see ``reference.encode``.
 
-    Rows are asked for before their slots, which take two reads in a row.
+    Rows are asked for before their places, which take two reads in a row.
 
     Args:
         head, first: KV head, and number of the first token.
@@ -125,7 +125,7 @@ def _fill_rows(x_ptr, codes_ptr, scales_ptr, static_ptr, matrix_ptr, head, first
         step = tl.load(static_ptr + head * stride_static) + tl.zeros_like(offset).to(tl.float32)
     inverse = 1.0 / step
     packed = tl.zeros_like(parts[0]).to(tl.int32)  # type: ignore[misc]
-    xc, cc = step, step  # once RULE asks for them, sums over parts
+    xc, cc = step, step  # where RULE asks for them: sums over parts
     for part in tl.static_range(TOGETHER):
         codes = ENCODE(parts[part], inverse[None, :], SATURATE, CAP)
         if RULE != 0:

@@ -21,8 +21,8 @@ def _query_rows(column, num_rows, kv_head, stride_t, stride_h, HEADS_PER_KV: tl.
 
 @triton.jit
 def rotate_queries(query_ptr, rotated_ptr, matrix_ptr, kv_head, first, num_rows, stride_t, stride_h, num_heads,
-                    HADAMARD: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                    ROWS: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
+                   HADAMARD: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                   ROWS: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
     """Write queries times the inverse of K's matrix, transposed, or by butterflies, as decode multiplies with them.
 
     Rows of [tokens, heads, D + QUERY_TAIL]: D fp16 numbers, the row divided by a power of two near its largest element,
