@@ -29,13 +29,18 @@ def operand(transform: Transform | None, inverse: bool = False) -> tuple[torch.T
 
 
 @triton.jit
-def butterflies(y, STEP: tl.constexpr):
-    """Sums and differences of columns of y [16, n] that are STEP apart, where they were."""
+def butterflies(y, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """Sums and differences of columns of y [16, n], where they were: those STEP apart, then twice as far, and so on.
+
+    COUNT: columns that meet by all these steps, a power of two; 1: none, and no step.
+    """
     ROWS: tl.constexpr = y.shape[0]
     COLUMNS: tl.constexpr = y.shape[1]
-    pairs = tl.reshape(y, (ROWS, COLUMNS // (2 * STEP), 2, STEP))
-    first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-    return tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (ROWS, COLUMNS))
+    for level in tl.static_range(COUNT.bit_length() - 1):
+        pairs = tl.reshape(y, (ROWS, COLUMNS // (STEP * 2**(level + 1)), 2, STEP * 2**level))
+        first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        y = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (ROWS, COLUMNS))
+    return y
 
 
 @triton.jit
@@ -63,16 +68,7 @@ def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero):
     COLUMNS: tl.constexpr = x.shape[1]
     low = tl.reshape(tl.permute(tl.reshape(x, (HIGH, 16, COLUMNS)), (1, 0, 2)), (16, HIGH * COLUMNS))
     y = tl.dot(hadamard_signs(FACTOR, x.dtype, zero), low, input_precision=PRECISION)
-    if HIGH >= 2:
-        y = butterflies(y, COLUMNS)
-    if HIGH >= 4:
-        y = butterflies(y, 2 * COLUMNS)
-    if HIGH >= 8:
-        y = butterflies(y, 4 * COLUMNS)
-    if HIGH >= 16:
-        y = butterflies(y, 8 * COLUMNS)
-    if HIGH >= 32:
-        y = butterflies(y, 16 * COLUMNS)
+    y = butterflies(y, COLUMNS, HIGH)
     return tl.reshape(tl.permute(tl.reshape(y, (16, HIGH, COLUMNS)), (1, 0, 2)), (HIGH * 16, COLUMNS))
 
 

@@ -59,24 +59,16 @@ def mix_rows(x, signs, WARPS: tl.constexpr, CAP: tl.constexpr):
     EACH: tl.constexpr = ROWS // GROUPS
     PAIR: tl.constexpr = max(1, EACH // 4)
     PRECISION: tl.constexpr = 'ieee' if x.dtype == tl.float32 else 'tf32'
-    tl.static_assert(EACH * SPREAD == 8 and EACH >= 4 and SPREAD * HIGH <= 16)
+    tl.static_assert(EACH * SPREAD == 8 and EACH >= 4)
     if CAP == 0:
         x = x.to(tl.float32)  # the interpreter multiplies the bits of bf16
     bits = tl.reshape(x, (4, SPREAD, ROWS, 2, 2, 2, HIGH))
     low = tl.reshape(tl.permute(bits, (5, 0, 3, 6, 4, 2, 1)), (16, 2 * HIGH * ROWS * SPREAD))
     y = tl.dot(signs, low, input_precision=PRECISION)
     # From the lowest bit of an element's number to the highest however rows are held: what is rounded is the same.
-    y = butterflies(y, SPREAD * ROWS)
-    if SPREAD == 2:
-        y = butterflies(y, 1)
-    if HIGH >= 2:
-        y = butterflies(y, 2 * SPREAD * ROWS)
-    if HIGH >= 4:
-        y = butterflies(y, 4 * SPREAD * ROWS)
-    if HIGH >= 8:
-        y = butterflies(y, 8 * SPREAD * ROWS)
-    if HIGH >= 16:
-        y = butterflies(y, 16 * SPREAD * ROWS)
+    y = butterflies(y, SPREAD * ROWS, 2)
+    y = butterflies(y, 1, SPREAD)
+    y = butterflies(y, 2 * SPREAD * ROWS, HIGH)
     bits = tl.reshape(y, (2, 4, 2, HIGH, 2, GROUPS, EACH // PAIR, PAIR, SPREAD))
     return tl.reshape(tl.permute(bits, (3, 8, 1, 2, 4, 0, 6, 5, 7)), (32 * SPREAD * HIGH, ROWS))
 
