@@ -32,14 +32,16 @@ def operand(transform: Transform | None, inverse: bool = False) -> tuple[torch.T
 def butterflies(y, STEP: tl.constexpr, COUNT: tl.constexpr):
     """Sums and differences of columns of y [16, n], where they were: those STEP apart, then twice as far, and so on.
 
-    COUNT: columns that meet by all these steps, a power of two; 1: none, and no step.
+    COUNT: columns that meet by all these steps, a power of two up to 32; 1: none, and no step.
     """
     ROWS: tl.constexpr = y.shape[0]
     COLUMNS: tl.constexpr = y.shape[1]
-    for level in tl.static_range(COUNT.bit_length() - 1):
-        pairs = tl.reshape(y, (ROWS, COLUMNS // (STEP * 2**(level + 1)), 2, STEP * 2**level))
-        first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-        y = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (ROWS, COLUMNS))
+    tl.static_assert(COUNT <= 32)
+    for level in tl.static_range(5):
+        if 2**level < COUNT:
+            pairs = tl.reshape(y, (ROWS, COLUMNS // (STEP * 2**(level + 1)), 2, STEP * 2**level))
+            first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+            y = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (ROWS, COLUMNS))
     return y
 
 
