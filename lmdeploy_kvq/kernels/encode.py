@@ -53,7 +53,7 @@ def encode_e5m2(x, factor, SATURATE: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def _share(x, factor, CAP: tl.constexpr):
-    """X times factor + 1/2, between 0 and 1."""
+    """1/2 more than x times factor, between 0 and 1."""
     if CAP > 0:
         return tl.inline_asm_elementwise('fma.rn.sat.f32 $0, $1, $2, 0f3F000000;', '=f,f,f', [x, factor],
                                          dtype=tl.float32, is_pure=True, pack=1)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _RULES = {'step': 0, 'least_squares': 1, 'unbiased': 2}
 
+
 @triton.jit
 def _column_sums(x, LOG_N: tl.constexpr):
     """Sums of the columns of x [2^LOG_N, columns], in pairs.

@@ -249,7 +249,7 @@ def tile_offset(tile, lane, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def token_places(token, num_tokens, slot_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, table_ptr, stride_table, batch,
-                PAGE: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr):
+                 PAGE: tl.constexpr, SLOTS_GIVEN: tl.constexpr, UNIFORM_QUERY_LEN: tl.constexpr, BATCH: tl.constexpr):
     """Page (int64) of new tokens and offset in it, and whether they are to be written at all.
 
     Either read from ``slot_ptr`` (SLOTS_GIVEN), or derived as LMDeploy lays a batch out: sequence ``s`` owns tokens
