@@ -120,16 +120,15 @@ def _no_rotated_cliff(rows: Sequence[dict]) -> Iterator[Bound]:
     return _no_cliff([row for row in rows if row['format'] in FORMAT_LIMITS])
 
 
-def _rotated_fill(rows: Sequence[dict]) -> Iterator[Bound]:
-    """K and V rotated and written, as LMDeploy's kernel writes them: steps and prompts."""
-    return ((row['vs_bf16'], 1.3, row) for row in rows
-            if row['format'] in FORMAT_LIMITS and not row['queries'] and row.get('vs_bf16'))
+def _rotated(queries: bool) -> Callable[[Sequence[dict]], Iterator[Bound]]:
+    """K and V rotated and written, steps and prompts; or steps with what LMDeploy's kernel does not do, the queries."""
+    def bounds(rows: Sequence[dict]) -> Iterator[Bound]:
+        return ((row['vs_bf16'], 1.3, row) for row in rows
+                if row['format'] in FORMAT_LIMITS and row['queries'] == queries and row.get('vs_bf16'))
+    return bounds
 
 
-def _rotated_queries(rows: Sequence[dict]) -> Iterator[Bound]:
-    """The same launch with what decode would have to do else, and LMDeploy's kernel does not: queries rotated."""
-    return ((row['vs_bf16'], 1.3, row) for row in rows
-            if row['format'] in FORMAT_LIMITS and row['queries'] and row.get('vs_bf16'))
+_rotated_fill, _rotated_queries = _rotated(False), _rotated(True)
 
 
 def _flat(loads: Sequence[str]) -> Callable[[Sequence[dict]], Iterator[Bound]]:
@@ -171,7 +170,7 @@ TARGETS: dict[str, tuple[tuple[int, str, bool, Callable[[Sequence[dict]], Iterab
         (5, 'rotated formats, no load slower than bf16', False, _no_rotated_cliff),
     ),
     'fill': (
-        (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load=set(FILL_STEPS), queries=False)),
+        (4, 'one decode step against bf16', False, _simple('vs_bf16', 1.1, load=set(FILL_STEPS))),
         (4, '8,192 prompt tokens, share of copy', True, _simple('copy_fraction', 0.6, load='prefill:8192')),
         (5, 'rotated formats, new tokens against bf16', False, _rotated_fill),
         (5, 'rotated formats, with the step\'s queries', False, _rotated_queries),
