@@ -31,7 +31,7 @@ from lmdeploy_kvq import FORMATS, get_format
 
 TOOLS = {'memcheck': ['--leak-check', 'no'], 'racecheck': [], 'synccheck': [], 'initcheck': []}
 REPEATS, STRESS = 3, 300
-LIMIT = 200  # seconds of one tool over one format
+LIMIT = 200  # seconds of one tool over one format, unless --limit says otherwise; racecheck takes longest
 COMPILE_LIMIT = 280  # of one format without a tool: kernels are compiled then, and kept in Triton's cache
 ERRORS = re.compile(r'(?:ERROR SUMMARY: (\d+) error)|(?:RACECHECK SUMMARY: (\d+) hazard)')
 
@@ -75,7 +75,8 @@ def launch(names: list[str], repeats: int) -> int:
     return 0
 
 
-def check(program: str, tool: str, name: str, repeats: int, folder: Path) -> dict[str, object]:
+def check(program: str, tool: str, name: str, repeats: int, folder: Path,
+          limit: float = LIMIT) -> dict[str, object]:
     """One tool over the launches of one format."""
     log = folder / f'{tool}-{name}.log'
     command = [program, '--tool', tool, *TOOLS[tool], '--error-exitcode', '86', '--print-limit', '20', sys.executable,
@@ -85,7 +86,7 @@ def check(program: str, tool: str, name: str, repeats: int, folder: Path) -> dic
     started = time.monotonic()
     with log.open('w') as out:
         try:
-            code: int | None = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=LIMIT,
+            code: int | None = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=limit,
                                               env=env).returncode
         except subprocess.TimeoutExpired:
             code = None
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--formats', default=','.join(fmt.name for fmt in FORMATS))
     parser.add_argument('--jobs', type=int, default=9, help='programs at a time on the GPU')
     parser.add_argument('--repeats', type=int, default=REPEATS, help='of each decode, step and merge')
+    parser.add_argument('--limit', type=float, default=LIMIT, help='seconds of one tool over one format')
     parser.add_argument('--launch', action='store_true', help='run the launches in this process, without a tool')
     parser.add_argument('--log', type=Path, default=Path('/tmp/sanitize'), help='folder for the logs')
     parser.add_argument('--out', type=Path)
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         if wrong:
             print(f'without a tool, these fail already: {", ".join(wrong)}')
             return 1
-        rows = list(pool.map(lambda pair: check(program, *pair, args.repeats, args.log),
+        rows = list(pool.map(lambda pair: check(program, *pair, args.repeats, args.log, args.limit),
                              [(tool, name) for tool in args.tools.split(',') for name in names]))
     print_table(rows, ['tool', 'format', 'errors', 'exit', 'finished', 'seconds', 'log'])
     for row in rows:
