@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -120,13 +121,13 @@ def agreement(engine: Engine, ids: list[int], tokens: list[int]) -> dict[str, fl
     """How far an answer's tokens are from the likeliest ones, when prompt and answer are read in one prefill.
 
     Returns:
-        worst: the largest gap of log-probabilities. agree: the share of tokens that are the likeliest.
+        worst, mean: of the gaps of log-probabilities. agree: the share of tokens that are the likeliest.
     """
     import torch
     scores = engine.logits(ids + tokens)[len(ids) - 1:-1].log_softmax(-1)
     chosen = torch.tensor(tokens, device=scores.device)
     gaps = scores.amax(-1) - scores.gather(1, chosen[:, None])[:, 0]
-    return {'worst': float(gaps.max()), 'agree': float((gaps == 0).float().mean())}
+    return {'worst': float(gaps.max()), 'mean': float(gaps.mean()), 'agree': float((gaps == 0).float().mean())}
 
 
 # ---- scenarios
@@ -141,15 +142,31 @@ def answers(engine: Engine, spec: dict) -> dict:
 
 
 def one_of_many(engine: Engine, spec: dict) -> dict:
-    """:func:`answers` of one data-parallel rank, which keeps stepping until the others have theirs."""
+    """:func:`answers` of one data-parallel rank, and what the same ranks say of them, all at work until all are done.
+
+    Returns:
+        As :func:`answers`, and ``gaps``: of each answer, see :func:`agreement`.
+    """
     found = answers(engine, spec)
-    Path(spec['done'][spec['engine']['dp_rank']]).touch()
-    deadline = time.monotonic() + TIMEOUT
-    while not all(Path(path).exists() for path in spec['done']):
-        if time.monotonic() > deadline:
-            raise TimeoutError('another rank does not finish')
-        time.sleep(0.1)
+    meet(spec, 'answered')
+    found['gaps'] = [agreement(engine, ids, tokens) for ids, tokens in found['pairs']]
+    meet(spec, 'scored')
     return found
+
+
+def meet(spec: dict, when: str) -> None:
+    """Wait for the other ranks; this one's engine keeps stepping, as theirs need it to.
+
+    Raises:
+        TimeoutError: one does not come.
+    """
+    paths = [Path(f'{path}-{when}') for path in spec['done']]
+    paths[spec['engine']['dp_rank']].touch()
+    deadline = time.monotonic() + TIMEOUT
+    while not all(path.exists() for path in paths):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f'another rank has not {when}')
+        time.sleep(0.1)
 
 
 def pressure(engine: Engine, spec: dict) -> dict:
@@ -210,10 +227,17 @@ def stranger(ids: list[int], pairs: list[list]) -> list[int]:
 
 
 def score(engine: Engine, spec: dict) -> dict:
-    """Every answer against what this engine finds likeliest; the control gives every prompt another one's answer."""
+    """Every answer against what this engine finds likeliest; the controls give a prompt another one's answer.
+
+    Returns:
+        gaps: of each answer, see :func:`agreement`. control, mean_control: the smallest ``worst`` and the median
+        ``mean`` of eight controls.
+    """
     pairs = spec['pairs']
-    control = [agreement(engine, ids, stranger(ids, pairs))['worst'] for ids, _ in pairs[:4]]
-    return {'gaps': [agreement(engine, ids, tokens) for ids, tokens in pairs], 'control': min(control)}
+    controls = [agreement(engine, ids, stranger(ids, pairs)) for ids, _ in pairs[:8]]
+    return {'gaps': [agreement(engine, ids, tokens) for ids, tokens in pairs],
+            'control': min(found['worst'] for found in controls),
+            'mean_control': statistics.median(found['mean'] for found in controls)}
 
 
 def memory(engine: Engine, spec: dict) -> dict:

@@ -164,6 +164,17 @@ def targets() -> str:
         + measured(*TARGETS)
 
 
+def last_bit() -> str:
+    """How far answers are from likely, by what gave them and who judges them."""
+    said = {'as it is': 'the model as it is', 'with noise': 'the model with noise', 'control': 'to another prompt'}
+    rows = [['exact' if row['format'] == 'none' else row['format'],
+             f'{row["count"]}, {said.get(row["answers"], row["answers"])}', f'{row["median_worst_gap"]:.2f}',
+             f'{row["worst_gap"]:.2f}', f'{row["likeliest"]:.1%}']
+            for name in ('last_bit', 'dp_72') for row in results(name)]
+    header = ['cache', 'answers', 'their worst token, median, nats', 'worst of all', 'tokens that are the likeliest']
+    return table(header, rows) + measured('last_bit', 'dp_72') if rows else NOT_MEASURED
+
+
 def missed_targets() -> str:
     """Every committed row that misses its target."""
     lines = [line for name in TARGETS for line in misses(name, results(name))]
@@ -261,6 +272,7 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
          'targets': targets, 'missed-targets': missed_targets,
          'engine': engine, 'layer': layer, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
+         'last-bit': last_bit,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import inspect
 import json
 import subprocess
+import sys
 import time
 
 import pytest
@@ -71,8 +72,46 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
     with pytest.raises(through_engine.EngineError, match='not done after 0 s'):
         through_engine.probe({'model': str(tmp_path)}, limit=0.3)
     assert time.monotonic() - start < 5
-    running = subprocess.run(['ps', '-eo', 'args'], text=True, capture_output=True).stdout
+    running = subprocess.run(['ps', '-ewwo', 'args'], text=True, capture_output=True).stdout
     assert 'lmdeploy_kvq.backends.probe' not in running or str(tmp_path) not in running
+
+
+def test_an_engine_ends_with_the_process_that_asked_for_it(tmp_path):
+    """Also where that is killed, and can do nothing about it; so does what the engine has started."""
+    program, asking, mark = tmp_path / 'program.py', tmp_path / 'asking.py', tmp_path / 'started'
+    program.write_text(f"""
+import pathlib, subprocess, time
+from lmdeploy_kvq.backends.probe import as_program
+def main(spec):
+    worker = subprocess.Popen(['sleep', '612'])
+    pathlib.Path({str(mark)!r}).write_text(str(worker.pid))
+    time.sleep(612)
+as_program(main)
+""")
+    asking.write_text(f"""
+from lmdeploy_kvq.evaluation.through_engine import probe
+probe({{}}, program=({str(program)!r}, ))
+""")
+
+    def running() -> list[str]:
+        lines = subprocess.run(['ps', '-ewwo', 'pid,stat,args'], text=True, capture_output=True).stdout.splitlines()
+        found = [line.split(maxsplit=2) for line in lines[1:]]
+        return [pid for pid, state, args in found if state[0] != 'Z'
+                and (str(program) in args or mark.exists() and pid == mark.read_text())]
+
+    process = subprocess.Popen([sys.executable, str(asking)])
+    try:
+        deadline = time.monotonic() + 120
+        while len(running()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert len(running()) == 2
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 20
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not running()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here the engine would start')

@@ -226,14 +226,21 @@ def test_a_fitted_draft_foresees_hidden_states(tmp_path):
     assert len(draft.model.layers) == 1
 
 
-def with_drafts(folder: Path, draft: Path, prompts: list[list[int]], ways: tuple[str, ...] = ('draft', )) -> tuple:
-    """Engines of the bf16 cache and of three formats, with the draft and, if asked for, alone: runs, and policies."""
+def with_drafts(folder: Path, draft: Path, prompts: list[list[int]], ways: tuple[str, ...] = ('draft', ),
+                scored: bool = True) -> tuple:
+    """Engines of the bf16 cache and of three formats, with the draft and, if asked for, alone: runs, and policies.
+
+    Args:
+        scored: keep the log-probabilities of what is generated: LMDeploy makes a dictionary of the whole vocabulary for
+            every token, a quarter of an hour with 49,152 entries.
+    """
     engine = {'num_gpu_blocks': 400, 'session_len': 512, 'max_batch_size': 64, 'cudagraph_capture_batch_sizes': [64]}
     speculative = {'method': 'eagle', 'model': str(draft), 'num_speculative_tokens': DRAFTED}
     policies = {'none': 0, **{name: kvq.get_format(name).policy for name in engines.FORMATS}}
     return engines.run(folder, {
         f'{name} {way}': {'prompts': prompts, 'new_tokens': 64, 'quant_policy': policy, 'engine': engine,
-                          **({'speculative': speculative} if way == 'draft' else {})}
+                          **({'speculative': speculative} if way == 'draft' else {}),
+                          **({} if scored else {'out': None})}
         for name, policy in policies.items() for way in ways}, jobs=8, env=engines.fa3_with_pages()), policies
 
 
@@ -258,7 +265,7 @@ def test_acceptance_with_a_trained_model(tmp_path):
     del model
     torch.cuda.empty_cache()
     prompts = ids[:, 10:].unfold(1, 24, 40).flatten(0, 1).tolist()[:192]
-    runs, policies = with_drafts(Path(MODEL), tmp_path, prompts)
+    runs, policies = with_drafts(Path(MODEL), tmp_path, prompts, scored=False)
     accepted = shares(runs, policies)
     rows = [{'policy': policy, 'drafted': runs[f'{name} draft']['drafted'], 'accepted': accepted[name]}
             for name, policy in policies.items()]

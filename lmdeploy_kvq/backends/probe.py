@@ -11,7 +11,8 @@ SPEC.json has ``model`` (folder), ``quant_policy``, and, as wanted,
 * ``passages`` (lists of token ids) scored, with ``out``: file for their log-probabilities, fp16 [tokens, vocabulary];
   ``reference``: such a file of another run, and ``scores``: file for what differs
   (:class:`~lmdeploy_kvq.accuracy.Scores`);
-* ``ranked``: lists of [token ids, number of answer tokens at their end], for the answers' ranks.
+* ``ranked``: lists of [token ids, number of answer tokens at their end], for the answers' ranks;
+* ``parent``: the process that waits for the answer; without it this one ends.
 
 ANSWER.json has what was found, or ``error``: why there is nothing. Everything is generated before anything is scored:
 asking LMDeploy 0.18 for prompt logits disturbs later generations of the same engine.
@@ -20,7 +21,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +40,11 @@ def as_program(main: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
     What ``main`` raises is the answer's ``error``; its traceback goes to the log.
     """
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
+    if 'parent' in spec:
+        threading.Thread(target=_end_with, args=(spec['parent'], ), daemon=True).start()
     try:
-        result = main(json.loads(Path(sys.argv[1]).read_text(encoding='utf-8')))
+        result = main(spec)
     except Exception as error:
         import traceback
         traceback.print_exc()
@@ -47,6 +53,13 @@ def as_program(main: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # engine threads may still hold CUDA graphs; the answer is out
+
+
+def _end_with(parent: int) -> None:
+    """Kill this process, and the workers of its session, once ``parent`` is gone: nobody else would free the GPU."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class EngineError(RuntimeError):
 
 def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: float = LIMIT,
           program: Sequence[str] = PROGRAM) -> dict[str, Any]:
-    """Run :mod:`lmdeploy_kvq.backends.probe`, or another program of its kind, in a fresh process.
+    """Run :mod:`lmdeploy_kvq.backends.probe`, or another such program, in a fresh process that ends with this one.
 
     Args:
         spec: what it is to do. env: further environment variables. limit: seconds.
@@ -58,7 +58,7 @@ def probe(spec: Mapping[str, Any], env: Mapping[str, str] | None = None, limit: 
     """
     with tempfile.TemporaryDirectory() as folder, Path(folder, 'log').open('w+', errors='replace') as log:
         question, answer = Path(folder, 'spec.json'), Path(folder, 'answer.json')
-        question.write_text(json.dumps(dict(spec)), encoding='utf-8')
+        question.write_text(json.dumps({**spec, 'parent': os.getpid()}), encoding='utf-8')
         command = [sys.executable, *program, str(question), str(answer)]
         late = ''
         # its output goes to a file: workers that outlive it would keep a pipe open
