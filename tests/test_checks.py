@@ -235,3 +235,22 @@ def test_verdicts_of_data_parallelism(change, count):
     row = {'format': 'fp8', 'plain_gap': 0.3, 'ranks_gap': 0.8, 'worst_gap': 2.0, 'mean_gap': 0.2, 'mean_control': 2.0,
            **change}
     assert len(dp_check.verdicts([row])) == count
+
+
+def test_ranks_wait_for_each_other(tmp_path, monkeypatch):
+    """At two meetings, each of its own; and not for ever."""
+    from concurrent.futures import ThreadPoolExecutor
+    done = [str(tmp_path / 'a'), str(tmp_path / 'b')]
+
+    def rank(number: int) -> list[int]:
+        seen = []
+        for when in ('answered', 'scored'):
+            engine_process.meet({'done': done, 'engine': {'dp_rank': number}}, when)
+            seen.append(len(list(tmp_path.glob(f'*-{when}'))))
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(rank, range(2))) == [[2, 2], [2, 2]]
+    monkeypatch.setattr(engine_process, 'TIMEOUT', 0.2)
+    with pytest.raises(TimeoutError, match='has not left'):
+        engine_process.meet({'done': done, 'engine': {'dp_rank': 0}}, 'left')
