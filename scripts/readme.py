@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from compatibility import evidence, origin, tables
+from decode_clocks import STAGES
 from labels import label
 from targets import KNOWN, PRESETS, TARGETS, misses, verdicts
 
@@ -164,6 +165,16 @@ def targets() -> str:
         + measured(*TARGETS)
 
 
+def decode_clocks() -> str:
+    """Cycles of each stage of the programs that combine."""
+    rows = results('decode_clocks')
+    if not rows:
+        return NOT_MEASURED
+    return table([*('shape', 'load', 'format'), *STAGES],
+                 [[row['shape'], row['load'], label(row['contender'], row['policy']),
+                   *(f'{row[stage]:,.0f}' for stage in STAGES)] for row in rows]) + measured('decode_clocks')
+
+
 def last_bit() -> str:
     """How far answers are from likely, by what gave them and who judges them."""
     said = {'as it is': 'the model as it is', 'with noise': 'the model with noise', 'control': 'to another prompt'}
@@ -272,7 +283,7 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
          'targets': targets, 'missed-targets': missed_targets,
          'engine': engine, 'layer': layer, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
-         'last-bit': last_bit,
+         'last-bit': last_bit, 'decode-clocks': decode_clocks,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import clean_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -17,6 +19,7 @@ sys.path.insert(0, str(ROOT / 'scripts'))
 import bench_decode  # noqa: E402
 import bench_prefill  # noqa: E402
 import benchlib  # noqa: E402
+import decode_clocks  # noqa: E402
 import targets  # noqa: E402
 import timed_engine  # noqa: E402
 
@@ -291,3 +294,33 @@ def test_a_sweep_takes_the_configurations_it_is_given():
     assert config('64:3:4:3:168') == DecodeConfig(64, 3, 4, 3, 168)
     assert config('128:2:8:2:0:33') == DecodeConfig(128, 2, 8, 2, None, 33)
     assert config('64:1:4:4') == DecodeConfig(64, 1, 4, 4)
+
+
+def test_the_kernel_with_clocks_compiles(tmp_path):
+    """Every stage's clock is in the compiled code; the script does not take another kernel for the one it knows."""
+    source = (decode_clocks.PACKAGE / 'kernels' / 'decode.py').read_text()
+    with pytest.raises(ValueError, match='is 0 times in the kernel'):
+        decode_clocks.with_clocks(source.replace('total_l = tl.sum(l, 0)', 'total_l = tl.sum(l, axis=0)'))
+    decode_clocks.copy_package(tmp_path)
+    program = """
+import torch
+from aot import compile_launch, recorded
+from aot_compile import batch, step
+import lmdeploy_kvq as kvq
+from lmdeploy_kvq.kernels.fill import TokenLayout
+import sys
+sys.modules['lmdeploy_kvq.kernels.decode'].CLOCKS[0] = torch.zeros(16, dtype=torch.int64)
+cache = kvq.PagedCache.allocate('int8_per_token_head', 4, 64, 8, 128, 128, device='cpu')
+query, key, value = batch(cache, 1, 4)
+n, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32)
+with recorded(90) as launches:
+    layout = TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1)
+    step(query, key, value, cache, layout, 1)
+kernel, args, kwargs = launches[-1]
+print(kvq.__file__, compile_launch(kernel, args, kwargs, 90).asm['ptx'].count('%clock64'))
+"""
+    path = os.pathsep.join((str(tmp_path), str(ROOT / 'tests')))
+    done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True, cwd=tmp_path,
+                          env={**clean_environment(), 'PYTHONPATH': path})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [str(tmp_path / 'lmdeploy_kvq' / '__init__.py'), str(len(decode_clocks.STAGES) + 1)]
