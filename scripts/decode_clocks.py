@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where a decode program's time goes: the multiprocessor's clock, read between the stages of the kernel.
 
-  scripts/decode_clocks.py [--shapes 32x8x128] [--loads 1x512,1x2048] [--formats NAME,...] [--page 64] [--out FOLDER]
+  scripts/decode_clocks.py [--shapes 32x8x128,...] [--loads 1x512,...] [--formats NAME,...] [--page 64] [--out FOLDER]
 
 Runs a copy of the package whose decode kernel leaves a clock after each stage, one launch at a time, over pages
 that are not in the caches. Of the programs that combine results (or, where nothing is divided, of all), the median per
@@ -111,8 +111,8 @@ def measure(shape: str, loads: list[str], formats: list[str], page: int) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--shapes', default='32x8x128')
-    parser.add_argument('--loads', default='1x512,1x2048')
+    parser.add_argument('--shapes', default='32x8x128,16x2x128')
+    parser.add_argument('--loads', default='1x512,1x2048,ragged:4')
     parser.add_argument('--formats', default='fp8_per_token_head,int8_per_token_head,int4_per_token_head,'
                         'k4v2_per_token_head')
     parser.add_argument('--page', type=int, default=64)

@@ -10,7 +10,7 @@
 #   plan      the plan against what engines allocate, on an empty GPU: two minutes
 #   engines   the engines' tests that TESTS selects (default: all that share a GPU)
 #   accuracy  accuracy of every format, and what transforms gain: about six minutes
-#   bench     decode and fill, timed alone and one after the other, and counters: about seven minutes
+#   bench     decode and fill, timed alone and one after the other, counters and clocks: about eight minutes
 #   peers     FlashInfer beside us, where it is installed
 #   engine    an 8B model end to end, and prefill: about eight minutes
 #   faults    killed engines, hostile requests, model folders side by side, then memory: about five minutes
@@ -62,7 +62,8 @@ for part in "$@"; do
     run 400 decode python3 scripts/bench_decode.py --preset all --out "$out"
     run 150 fill python3 scripts/bench_fill.py --out "$out"
     run 100 layer python3 scripts/bench_layer.py --out "$out"
-    run 150 counters python3 scripts/profile_kernels.py --out "$out" ;;
+    run 150 counters python3 scripts/profile_kernels.py --out "$out"
+    run 60 clocks python3 scripts/decode_clocks.py --out "$out" ;;
   peers) run 300 peers python3 scripts/bench_decode.py --preset peers --name decode_peers --out "$out" ;;
   engine)
     run 500 engine python3 scripts/bench_engine.py --out "$out" \
