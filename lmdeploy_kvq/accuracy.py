@@ -69,6 +69,17 @@ def agreeing(tokens: Sequence[int], reference: Sequence[int]) -> int:
     return next((i for i in range(length) if tokens[i] != reference[i]), length)
 
 
+def gaps(logits: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
+    """How far the tokens of an answer are from the likeliest ones: fp32 [len(answer)], nats, 0 for the likeliest.
+
+    Args:
+        logits: [len(answer), vocabulary], the predictions of these tokens, any float dtype and device.
+        answer: tokens.
+    """
+    scores = logits.float().log_softmax(-1)
+    return scores.amax(-1) - scores.gather(1, torch.tensor(answer, device=scores.device)[:, None])[:, 0]
+
+
 def ranks(logits: torch.Tensor, answer: Sequence[int]) -> list[int]:
     """Place of each token of an answer among all tokens of the vocabulary; 1: it is the likeliest one.
 

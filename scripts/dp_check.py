@@ -27,7 +27,7 @@ from pathlib import Path
 
 from benchlib import print_table, write_results
 from eval_engine import probe
-from features_check import ENV, NEW_TOKENS, PLAIN, PROGRAM, SLACK, blocks, make_prompts
+from features_check import CONTROL, ENV, NEW_TOKENS, PLAIN, PROGRAM, SLACK, blocks, make_prompts
 from server import free_port
 from smollm2 import chosen_model
 
@@ -77,13 +77,16 @@ def confirm(policy: str, model: Path, prompts: list[list[int]], found: dict[str,
             'ranks_gap': max(gap['worst'] for gap in found['gaps']), 'worst_gap': max(gap['worst'] for gap in others),
             'median_worst_gap': statistics.median(gap['worst'] for gap in others),
             'likeliest': statistics.fmean(gap['agree'] for gap in others),
-            'mean_gap': max(gap['mean'] for gap in others), 'mean_control': said['mean_control']}
+            'mean_gap': max(gap['mean'] for gap in others), 'mean_control': said['mean_control'],
+            'control': said['control']}
 
 
 def verdicts(rows: list[dict]) -> list[str]:
     """What is not as it should be."""
     failed = [f'{row["format"]}: a token is {row["ranks_gap"]:.2f} from likely in the ranks\' own eyes, with a plain '
               f'engine {row["plain_gap"]:.2f}' for row in rows if row['ranks_gap'] > 2 * row['plain_gap'] + SLACK]
+    failed += [f'{row["format"]}: the control, another prompt\'s answer, is {row["control"]:.2f} from likely'
+               for row in rows if row['control'] < CONTROL]
     return failed + [f'{row["format"]}: the tokens of an answer are {row["mean_gap"]:.2f} from likely in the mean, of '
                      f'answers to other prompts {row["mean_control"]:.2f}' for row in rows
                      if row['mean_gap'] > SHARE * row['mean_control']]

@@ -123,11 +123,9 @@ def agreement(engine: Engine, ids: list[int], tokens: list[int]) -> dict[str, fl
     Returns:
         worst, mean: of the gaps of log-probabilities. agree: the share of tokens that are the likeliest.
     """
-    import torch
-    scores = engine.logits(ids + tokens)[len(ids) - 1:-1].log_softmax(-1)
-    chosen = torch.tensor(tokens, device=scores.device)
-    gaps = scores.amax(-1) - scores.gather(1, chosen[:, None])[:, 0]
-    return {'worst': float(gaps.max()), 'mean': float(gaps.mean()), 'agree': float((gaps == 0).float().mean())}
+    from lmdeploy_kvq.accuracy import gaps
+    found = gaps(engine.logits(ids + tokens)[len(ids) - 1:-1], tokens)
+    return {'worst': float(found.max()), 'mean': float(found.mean()), 'agree': float((found == 0).float().mean())}
 
 
 # ---- scenarios

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from benchlib import print_table, write_results
+from engine_process import stranger
 from features_check import NEW_TOKENS, make_prompts
 from smollm2 import chosen_model
 
 from lmdeploy_kvq import get_format
-from lmdeploy_kvq.evaluation.through_transformers import prepare
-from lmdeploy_kvq.hf_cache import QuantizedCache
+from lmdeploy_kvq.accuracy import gaps
+from lmdeploy_kvq.evaluation.material import Contender
+from lmdeploy_kvq.evaluation.through_transformers import cache_for, continue_greedily, prepare
 
 NOISE = 2.0**-9
 
@@ -41,57 +43,35 @@ class Noise:
         return out * (1 + noise.to(out.device))
 
 
-def new_cache(policy: str) -> Any:
-    """A cache of a format, or transformers' own for ``none``."""
-    from transformers import DynamicCache
-    return DynamicCache() if policy == 'none' else QuantizedCache(policy)
-
-
 @torch.inference_mode()
-def answer(model: Any, policy: str, ids: list[int]) -> list[int]:
-    """Greedy tokens; the prompt reads the cache, too."""
-    cache, new, found = new_cache(policy), ids, []
-    while len(found) < NEW_TOKENS:
-        logits = model(torch.tensor([new], device=model.device), past_key_values=cache).logits[0, -1]
-        new = [int(logits.argmax())]
-        found += new
-    return found
-
-
-@torch.inference_mode()
-def gaps(model: Any, policy: str, ids: list[int], tokens: list[int]) -> torch.Tensor:
-    """How far an answer's tokens are from the likeliest ones, in nats."""
-    read = torch.tensor([ids + tokens], device=model.device)
-    logits = model(read, past_key_values=new_cache(policy)).logits[0, len(ids) - 1:-1].log_softmax(-1)
-    return logits.amax(-1) - logits.gather(1, read[0, len(ids):, None])[:, 0]
-
-
-def measure(model: Any, noise: Noise, policy: str, prompts: list[list[int]]) -> list[dict]:
+def measure(model: Any, noise: Noise, contender: Contender, prompts: list[list[int]]) -> list[dict]:
     """A row per kind of answer: as the model is, with noise, and to another prompt."""
     found: dict[str, list[torch.Tensor]] = {'as it is': [], 'with noise': [], 'control': []}
-    answers = [answer(model, policy, ids) for ids in prompts]
-    for number, ids in enumerate(prompts):
+    pairs = [[ids, continue_greedily(model, ids, NEW_TOKENS, cache_for(contender))] for ids in prompts]
+    for number, (ids, own) in enumerate(pairs):
         noise.amount = NOISE
         noise.generator.manual_seed(number)
-        off = answer(model, policy, ids)
+        off = continue_greedily(model, ids, NEW_TOKENS, cache_for(contender))
         noise.amount = 0.0
-        stranger = next(other for them, other in zip(prompts[::-1], answers[::-1]) if them[:64] != ids[:64])
-        for kind, tokens in zip(found, (answers[number], off, stranger)):
-            found[kind].append(gaps(model, policy, ids, tokens))
+        for kind, tokens in zip(found, (own, off, stranger(ids, pairs))):
+            read = torch.tensor([ids + tokens], device=model.device)
+            logits = model(read, past_key_values=cache_for(contender)).logits[0, len(ids) - 1:-1]
+            found[kind].append(gaps(logits, tokens))
     rows = []
     for kind, each in found.items():
-        worst, mean = (torch.stack([getattr(gap, name)() for gap in each]) for name in ('max', 'mean'))
-        rows.append({'format': policy, 'answers': kind, 'count': len(each), 'worst_gap': float(worst.max()),
+        tokens = torch.stack(each)
+        worst, mean = tokens.amax(1), tokens.mean(1)
+        rows.append({'format': contender.name, 'answers': kind, 'count': len(each), 'worst_gap': float(worst.max()),
                      'median_worst_gap': float(worst.median()), 'least_worst_gap': float(worst.min()),
                      'worst_mean_gap': float(mean.max()), 'least_mean_gap': float(mean.min()),
-                     'likeliest': float((torch.stack(each) == 0).float().mean())})
+                     'likeliest': float((tokens == 0).float().mean())})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--formats', default='fp8_per_token_head,int8_per_token_head,int4_per_token_head')
-    parser.add_argument('--prompts', type=int, default=24)
+    parser.add_argument('--prompts', type=int, default=24, help='5 or more: four of a kind come first')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     from transformers import AutoTokenizer
@@ -101,8 +81,9 @@ def main() -> None:
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(noise)
     rows = []
-    for policy in ['none', *(get_format(name).name for name in args.formats.split(','))]:
-        rows += measure(model, noise, policy, prompts)
+    formats = [get_format(name) for name in args.formats.split(',')]
+    for contender in [Contender('none', 0), *(Contender(fmt.name, fmt.policy, fmt) for fmt in formats)]:
+        rows += measure(model, noise, contender, prompts)
         print_table(rows[-3:], list(rows[0]))
     print(write_results('last_bit', rows, args.out, model=folder.name, noise=NOISE))
 

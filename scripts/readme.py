@@ -170,7 +170,7 @@ def decode_clocks() -> str:
     rows = results('decode_clocks')
     if not rows:
         return NOT_MEASURED
-    return table([*('shape', 'load', 'format'), *STAGES],
+    return table(['shape', 'load', 'format', *STAGES],
                  [[row['shape'], row['load'], label(row['contender'], row['policy']),
                    *(f'{row[stage]:,.0f}' for stage in STAGES)] for row in rows]) + measured('decode_clocks')
 

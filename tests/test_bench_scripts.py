@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import clean_environment
+from helpers import python
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -303,24 +303,16 @@ def test_the_kernel_with_clocks_compiles(tmp_path):
         decode_clocks.with_clocks(source.replace('total_l = tl.sum(l, 0)', 'total_l = tl.sum(l, axis=0)'))
     decode_clocks.copy_package(tmp_path)
     program = """
+import sys
 import torch
 from aot import compile_launch, recorded
-from aot_compile import batch, step
+from aot_compile import plain
 import lmdeploy_kvq as kvq
-from lmdeploy_kvq.kernels.fill import TokenLayout
-import sys
 sys.modules['lmdeploy_kvq.kernels.decode'].CLOCKS[0] = torch.zeros(16, dtype=torch.int64)
-cache = kvq.PagedCache.allocate('int8_per_token_head', 4, 64, 8, 128, 128, device='cpu')
-query, key, value = batch(cache, 1, 4)
-n, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32)
 with recorded(90) as launches:
-    layout = TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1)
-    step(query, key, value, cache, layout, 1)
-kernel, args, kwargs = launches[-1]
-print(kvq.__file__, compile_launch(kernel, args, kwargs, 90).asm['ptx'].count('%clock64'))
+    plain(kvq.PagedCache.allocate('int8_per_token_head', 4, 64, 8, 128, 128, device='cpu'))
+launch, = (launch for launch in launches if launch[0].__name__ == '_decode_kernel')
+print(kvq.__file__, compile_launch(*launch, 90).asm['ptx'].count('%clock64'))
 """
-    path = os.pathsep.join((str(tmp_path), str(ROOT / 'tests')))
-    done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True, cwd=tmp_path,
-                          env={**clean_environment(), 'PYTHONPATH': path})
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = python(program, cwd=str(tmp_path), PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT / 'tests'))))
     assert done.stdout.split() == [str(tmp_path / 'lmdeploy_kvq' / '__init__.py'), str(len(decode_clocks.STAGES) + 1)]

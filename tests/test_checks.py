@@ -230,10 +230,11 @@ def test_lmdeploy_takes_the_arguments_of_every_data_parallel_rank(tmp_path):
 
 
 @pytest.mark.parametrize('change, count', [({}, 0), ({'ranks_gap': 0.9}, 1), ({'mean_gap': 0.6}, 1),
-                                           ({'mean_control': 0.5}, 1), ({'worst_gap': 9.0}, 0)])
+                                           ({'mean_control': 0.5}, 1), ({'control': 1.0}, 1),
+                                           ({'worst_gap': 9.0}, 0)])
 def test_verdicts_of_data_parallelism(change, count):
     row = {'format': 'fp8', 'plain_gap': 0.3, 'ranks_gap': 0.8, 'worst_gap': 2.0, 'mean_gap': 0.2, 'mean_control': 2.0,
-           **change}
+           'control': 6.0, **change}
     assert len(dp_check.verdicts([row])) == count
 
 

@@ -75,6 +75,13 @@ def test_broken_predictions_look_bad():
     assert rows.pick([row], 10.0) is None and rows.advice([row], 10.0, '').startswith('No cache is within')
 
 
+def test_gaps_are_zero_for_the_likeliest():
+    """In nats, whatever is added to a row; logits of 16 bits are compared as fp32."""
+    logits = torch.tensor([[1.0, 3.0, 2.5], [4.0, 0.0, 4.0]], dtype=torch.bfloat16) + torch.tensor([[2.0], [-8.0]])
+    assert accuracy.gaps(logits.bfloat16(), [2, 1]).tolist() == pytest.approx([0.5, 4.0])
+    assert accuracy.gaps(logits, [1, 2]).tolist() == [0.0, 0.0]
+
+
 def test_ranks_and_agreement():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 5.0, 5.0, 1.0]])
     assert accuracy.ranks(logits, [0, 2]) == [1, 2], 'of equal ones the first is what greedy decoding takes'

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from ..accuracy import Scores, ranks, score
+from ..accuracy import Scores, gaps, ranks, score
 from ..console import reason
 
 
@@ -40,10 +40,10 @@ def as_program(main: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
     What ``main`` raises is the answer's ``error``; its traceback goes to the log.
     """
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
-    if 'parent' in spec:
-        threading.Thread(target=_end_with, args=(spec['parent'], ), daemon=True).start()
     try:
+        spec = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
+        if 'parent' in spec:
+            threading.Thread(target=_end_with, args=(spec['parent'], ), daemon=True).start()
         result = main(spec)
     except Exception as error:
         import traceback
@@ -124,9 +124,8 @@ def _logits(pipe: Any, ids: list[int]) -> torch.Tensor:
 
 def _agreement(logits: torch.Tensor, tokens: list[int]) -> dict[str, float]:
     """How far generated tokens are from prefill's likeliest ones."""
-    scores, chosen = logits.float().log_softmax(-1), torch.tensor(tokens, device=logits.device)
-    return {'agreement': float((scores.argmax(-1) == chosen).float().mean()),
-            'worst_gap': float((scores.amax(-1) - scores.gather(1, chosen[:, None])[:, 0]).max())}
+    same = logits.float().argmax(-1) == torch.tensor(tokens, device=logits.device)
+    return {'agreement': float(same.float().mean()), 'worst_gap': float(gaps(logits, tokens).max())}
 
 
 def _score(pipe: Any, spec: dict[str, Any]) -> list[Scores]:

@@ -96,7 +96,7 @@ def run(model: PreTrainedModel, tokenizer: Any, material: Material, contenders: 
     for text in material.prompts:
         ids = list(tokenizer.encode(text))
         each(lambda contender, found, ids=ids: found.tokens.append(  # type: ignore[misc]
-            _continue(model, ids, material.new_tokens, cache_for(contender))))
+            continue_greedily(model, ids, material.new_tokens, cache_for(contender))))
     for needle in material.needles:
         each(lambda contender, found, needle=needle: found.found.append(  # type: ignore[misc]
             _search(model, needle, cache_for(contender))))
@@ -143,8 +143,8 @@ class _Passage:
         return scores
 
 
-def _continue(model: PreTrainedModel, ids: list[int], new_tokens: int, cache: Any) -> list[int]:
-    """Greedy continuation."""
+def continue_greedily(model: PreTrainedModel, ids: list[int], new_tokens: int, cache: Any) -> list[int]:
+    """The likeliest tokens after ``ids``, which read the cache too."""
     prompt = torch.tensor([ids], device=model.device)
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, do_sample=False,
                          max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=None)
