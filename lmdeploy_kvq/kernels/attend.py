@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import block_of, tile_block, tile_offset
+from .tiles import block_of, tile_offset
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -26,13 +26,13 @@ def _prefetch(ptrs, mask):
 
 
 @triton.jit
-def prefetch_tile(table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb, PART: tl.constexpr,
-                  PARTV: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr, PAGE: tl.constexpr,
-                  BLOCK_N: tl.constexpr, CAP: tl.constexpr):
-    """Bring the codes of a tile into the L2 cache, 128 bytes per lane; they may still be being written."""
+def prefetch_tile(pages, tile, k_ptr, v_ptr, stride_kb, stride_vb, PART: tl.constexpr, PARTV: tl.constexpr,
+                  BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+                  CAP: tl.constexpr):
+    """Bring the codes of a tile, whose pages are known, into the L2 cache, 128 bytes per lane."""
     if CAP > 0:
         group = tl.arange(0, BLOCK_N // 16) * 16
-        block = tile_block(table_ptr, tile, kv_len, group, PAGE, BLOCK_N)
+        block = block_of(pages, group, PAGE, BLOCK_N)
         offset = tile_offset(tile, group, PAGE, BLOCK_N)
         line = (tl.arange(0, BLOCK_P // 8) * 128)[None, :]
         _prefetch(k_ptr + (block * stride_kb + offset * PART)[:, None] + line, line < 16 * PART)
@@ -41,32 +41,44 @@ def prefetch_tile(table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb, P
 
 
 @triton.jit
-def load_queries(q_ptrs, row_mask, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr):
-    """Rows at ``q_ptrs`` [rows], as parts [BLOCK_P, rows]."""
-    byte = tl.arange(0, BLOCK_P)
-    parts = ()
-    for part in tl.static_range(PARTS):
-        there = (byte < PART) & (part * PART + byte < D)
-        parts += (tl.load(q_ptrs[None, :] + (part * PART + byte)[:, None], mask=there[:, None] & row_mask[None, :],
-                          other=0.0), )
-    return parts
+def behind(x, CAP: tl.constexpr):
+    """fp16 numbers x for which the compiler does not wait before it comes here. Else it does where they were read."""
+    if CAP > 0:
+        x = tl.inline_asm_elementwise('mov.b16 $0, $1;', '=h,h', [x], dtype=tl.float16, is_pure=False, pack=1)
+    return x
 
 
 @triton.jit
-def query_operands(normalized, BITS: tl.constexpr, PARTS: tl.constexpr):
-    """What K's codes are multiplied with, from fp16 queries in parts [BLOCK_P, rows].
+def load_queries(q_ptrs, row_mask, D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr):
+    """Rows at ``q_ptrs`` [rows], as columns [PARTS * BLOCK_P, rows] of parts one below the other.
+
+    In one read: the compiler would put a part into shared memory, hence wait for it, before it asks for the next one.
+    """
+    element = tl.arange(0, PARTS * BLOCK_P)
+    offset = element // BLOCK_P * PART + element % BLOCK_P
+    there = (element % BLOCK_P < PART) & (offset < D)
+    return tl.load(q_ptrs[None, :] + offset[:, None], mask=there[:, None] & row_mask[None, :], other=0.0)
+
+
+@triton.jit
+def query_operands(normalized, OFFSET: tl.constexpr, GAIN: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
+                   WARPS: tl.constexpr):
+    """What K's codes are multiplied with, from fp16 queries in parts [BLOCK_P, rows], and what is too much then.
 
     Returns:
-        (queries, total): parts, divided by what codes are multiplied with by where they stand in their byte; and the
-        sums of the rows, fp32 [rows].
+        (queries, correction): parts, divided by what codes are multiplied with by where they stand in their byte; and
+        fp32 [16 * WARPS, rows], rows alike, what a product with codes has too much by their OFFSET, negated. It comes
+        from a product with ones: a sum over elements would cross lanes and warps.
     """
-    queries = (normalized[0], )
-    total = tl.sum(normalized[0].to(tl.float32), 0)
-    for part in tl.static_range(1, PARTS):
+    ones = tl.full([16 * WARPS, normalized[0].shape[0]], 1.0, tl.float16)
+    queries = ()
+    correction = tl.zeros([16 * WARPS, normalized[0].shape[1]], tl.float32)
+    for part in tl.static_range(PARTS):
         query = normalized[part] * (1.0 / (1 << (BITS * part)))
-        total += tl.sum(query.to(tl.float32), 0) * (1 << (BITS * part))
         queries += (query, )
-    return queries, total
+        if OFFSET > 0.0:
+            correction += tl.dot(ones, query) * (-OFFSET / GAIN * (1 << (BITS * part)))
+    return queries, correction
 
 
 @triton.jit
@@ -105,8 +117,7 @@ def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, til
     copy of this body costs more (registers, hence programs per multiprocessor) than the masks do.
 
     Args:
-        queries: parts of the rows; row_scale: what scores are multiplied with; correction: [rows] what the product of
-            K's codes has too much by their offset, negated.
+        queries, correction: :func:`query_operands`; row_scale: [rows] what scores are multiplied with.
         m: [rows] largest scores; l: [WARPS * 8, rows] sums of probabilities, by lanes; weight: like l, sums of
             probabilities times V's scale, where V's codes have an offset; accs: of each part of the output, the even
             elements and the odd ones.
@@ -136,9 +147,11 @@ def attend(queries, row_scale, correction, q_pos, slope, m, l, weight, accs, til
         # scale x qmax is the row's absmax, of order one where scale alone could leave fp16's normal range.
         v_scale = tl.load(vs_ptr + block * stride_vsb + offset, mask=live, other=0.0) * QMAXV
 
-    score = tl.zeros([BLOCK_N, m.shape[0]], tl.float32)
     if OFFSET > 0.0:
-        score += correction[None, :]
+        again = tl.broadcast_to(correction[None], (BLOCK_N // (16 * WARPS), 16 * WARPS, m.shape[0]))
+        score = tl.reshape(again, (BLOCK_N, m.shape[0]))
+    else:
+        score = tl.zeros([BLOCK_N, m.shape[0]], tl.float32)
     k = DECODE(k_codes, False, CAP)
     for part in tl.static_range(PARTS):
         score = tl.dot(k[part], queries[part], score)

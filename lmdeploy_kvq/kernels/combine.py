@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .attend import LOG2E
-from .rotation import hadamard_columns, normalize_columns, rotate_back, split_parts
+from .rotation import hadamard_columns, normalize_columns, rotate_back, rounded, split_parts
 
 FAN = tl.constexpr(16)
 """Results that one program combines."""
@@ -44,9 +44,8 @@ def combine_partials(ptr, step, children, PARTV: tl.constexpr, BLOCK_PV: tl.cons
     """(m, l, acc) of ``children`` results that lie ``step`` elements apart: acc is [PARTSV * BLOCK_PV, COLUMNS].
 
     AT_ONCE results are read together, statistics and all, for reading is what takes the time: the largest score so far
-    is carried as in attention. Reads pass by the first-level cache: other multiprocessors wrote what is read. Nothing
-    is masked, because masks take registers that spill: results after the last are the last again, with no weight, and
-    columns after the last row hold whatever lies behind it.
+    is carried as in attention. Reads pass by the first-level cache: other multiprocessors wrote what is read. Columns
+    after the last row hold whatever lies behind it.
 
     Args:
         ptr: the first row of the first result, of COLUMNS rows or fewer.
@@ -59,15 +58,19 @@ def combine_partials(ptr, step, children, PARTV: tl.constexpr, BLOCK_PV: tl.cons
     l = tl.zeros([COLUMNS], tl.float32)
     acc = tl.zeros([COLUMNS, PARTSV * BLOCK_PV], tl.float32)
     for start in tl.range(0, children, AT_ONCE, num_stages=1):
+        there = start + child + column * 0 < children
         index = tl.minimum(start + child, children - 1)
         ptrs = ptr + index.to(tl.int64) * step + column * (PARTSV * PARTV + STATISTICS)
-        ms = tl.load(ptrs + PARTSV * PARTV, cache_modifier='.cg')
-        ls = tl.load(ptrs + PARTSV * PARTV + 1, cache_modifier='.cg')
-        if PARTV == BLOCK_PV:
-            results = tl.load(ptrs[:, None, :] + offset, cache_modifier='.cg')
-        else:
-            results = tl.load(ptrs[:, None, :] + offset, mask=inside, other=0.0, cache_modifier='.cg')
-        ms = tl.where(start + child < children, ms, float('-inf'))
+        wanted = tl.broadcast_to(there[:, None, :], (COLUMNS, PARTSV * BLOCK_PV, AT_ONCE))
+        if PARTV != BLOCK_PV:
+            wanted = wanted & inside
+        results = tl.load(ptrs[:, None, :] + offset, mask=wanted, other=0.0, cache_modifier='.cg')
+        # With its padding, for the compiler reads few numbers anew, one read after the other, in every layout it wants.
+        words = tl.load(ptrs[:, :, None] + (PARTSV * PARTV + tl.arange(0, STATISTICS)), cache_modifier='.cg')
+        even, odd = tl.split(tl.reshape(words, (COLUMNS, AT_ONCE, STATISTICS // 2, 2)))
+        ms, _ = tl.split(even)
+        ls, _ = tl.split(odd)
+        ms = tl.where(there, ms, float('-inf'))
         largest = tl.maximum(m, tl.max(ms, 1))
         shift = tl.where(largest == float('-inf'), 0.0, largest)
         alpha = tl.exp2(m - shift)
@@ -90,7 +93,7 @@ def repeat_columns(x, COLUMNS: tl.constexpr):
 @triton.jit
 def finish(out_ptrs, mask, m, l, acc, sinks_ptrs, matrix_ptr, out_scale, zero, DV: tl.constexpr,
            PARTV: tl.constexpr, BLOCK_PV: tl.constexpr, PARTSV: tl.constexpr, BLOCK_DV: tl.constexpr,
-           HADAMARDV: tl.constexpr):
+           HADAMARDV: tl.constexpr, WARPS: tl.constexpr, CAP: tl.constexpr):
     """Write final rows: a sink joins the denominator, the rotation of V is undone; rows that saw nothing are zeros.
 
     Args:
@@ -107,25 +110,26 @@ def finish(out_ptrs, mask, m, l, acc, sinks_ptrs, matrix_ptr, out_scale, zero, D
         l = l * tl.exp2(m - top) + tl.exp2(sink - top)
         factor = out_scale * tl.exp2(m - top)
     factor = factor / tl.where(l > 0.0, l, 1.0)
-    if matrix_ptr is None and HADAMARDV == 0:
+    if matrix_ptr is None:
         dim, there = place(tl.arange(0, PARTSV * BLOCK_PV), PARTV, BLOCK_PV)
-        tl.store(out_ptrs[None, :] + dim[:, None], (acc * factor[None, :]).to(out_ptrs.dtype.element_ty),
+        # Where codes shared bytes, the compiler would move outputs once more to multiply them first.
+        at_first: tl.constexpr = PARTSV == 1
+        out = acc * factor[None, :] if at_first else acc
+        if HADAMARDV != 0:
+            # What tf32 holds of any number is as much as fp16 would, without a power of two to be found first.
+            out = hadamard_columns(rounded(out, CAP), HADAMARDV, 'tf32', zero, WARPS)
+        if not at_first:
+            out = out * factor[None, :]
+        tl.store(out_ptrs[None, :] + dim[:, None], out.to(out_ptrs.dtype.element_ty),
                  mask=mask[None, :] & (there & (dim < DV))[:, None])
     else:
         normalized, power = normalize_columns((acc, ), 1)
-        stored = normalized[0]
         factor = power * factor
-        if HADAMARDV != 0:
-            dim = tl.arange(0, DV)
-            out = hadamard_columns(stored, HADAMARDV, 'tf32', zero) * factor[None, :]
-            tl.store(out_ptrs[None, :] + dim[:, None], out.to(out_ptrs.dtype.element_ty),
+        # A few rows of the matrix at a time: registers that spill here cost more than waiting.
+        BLOCK_OUT: tl.constexpr = 32 if BLOCK_PV >= 64 else (64 if BLOCK_DV > 64 else BLOCK_DV)
+        parts = split_parts(normalized[0], PARTSV)
+        for first in range(0, DV, BLOCK_OUT):
+            dim = first + tl.arange(0, BLOCK_OUT)
+            out = rotate_back(parts, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
+            tl.store(out_ptrs[None, :] + dim[:, None], (out * factor[None, :]).to(out_ptrs.dtype.element_ty),
                      mask=mask[None, :] & (dim < DV)[:, None])
-        else:
-            # A few rows of the matrix at a time: registers that spill here cost more than waiting.
-            BLOCK_OUT: tl.constexpr = 32 if BLOCK_PV >= 64 else (64 if BLOCK_DV > 64 else BLOCK_DV)
-            parts = split_parts(stored, PARTSV)
-            for first in range(0, DV, BLOCK_OUT):
-                dim = first + tl.arange(0, BLOCK_OUT)
-                out = rotate_back(parts, matrix_ptr, first, DV, PARTV, BLOCK_PV, PARTSV, BLOCK_OUT)
-                tl.store(out_ptrs[None, :] + dim[:, None], (out * factor[None, :]).to(out_ptrs.dtype.element_ty),
-                         mask=mask[None, :] & (dim < DV)[:, None])

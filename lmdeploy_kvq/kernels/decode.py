@@ -14,6 +14,7 @@ import triton.language as tl
 from .attend import (
     LOG2E,
     attend,
+    behind,
     interleave,
     load_queries,
     prefetch_tile,
@@ -22,7 +23,7 @@ from .attend import (
 from .codecs import decoding
 from .combine import FAN, STATISTICS, combine_partials, finish, repeat_columns, store_partial
 from .launch import batch_block, check_device, compute_capability, dependent_launch
-from .rotation import join_parts, normalize_columns, operand
+from .rotation import join_parts, normalize_columns, operand, split_parts
 from .tiles import first_tile, program_of, program_share, tile_pages, visible_tiles
 from .workspace import DecodeConfig, Workspace
 
@@ -157,25 +158,23 @@ def _decode_kernel(
         stop = tl.minimum(last, tile + (remaining << shift))
         row_table_ptr = table_ptr + seq.to(tl.int64) * stride_table
         token = seq.to(tl.int64) * QUERY_LEN + row // GROUP
-        # While queries are on their way (nothing waits for a read before its first use), so is the first tile. Rotated
-        # queries have to be waited for, the first tile not.
+        # Page ids are read a tile ahead: the compiler starts a tile's loads num_stages - 1 tiles early only if their
+        # addresses are there by then, and takes a read of an address as a stage of its own. The first tile's are on
+        # their way while queries are (nothing waits for a read before its first use).
+        pages = tile_pages(row_table_ptr, tile, kv_len, PAGE, BLOCK_N)
         if PDL and WAIT == WAIT_QUERIES:
-            prefetch_tile(row_table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
-                          PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N, CAP)
             tl.extra.cuda.gdc_wait()
         q_ptrs = q_ptr + token * stride_qt + head * stride_qh
         raw = load_queries(q_ptrs, row_mask, D, PART, BLOCK_P, PARTS)
-        if not (PDL and WAIT == WAIT_QUERIES):
-            prefetch_tile(row_table_ptr, tile, kv_len, k_ptr, v_ptr, stride_kb, stride_vb,
-                          PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N, CAP)
+        prefetch_tile(pages, tile, k_ptr, v_ptr, stride_kb, stride_vb, PART, PARTV, BLOCK_P, BLOCK_PV, PAGE, BLOCK_N,
+                      CAP)
         if PREPARED:
-            normalized = raw
+            normalized = split_parts(behind(raw, CAP), PARTS)
             power = tl.load((q_ptrs + D).to(tl.pointer_type(tl.float32)), mask=row_mask, other=1.0)
         else:
-            normalized, power = normalize_columns(raw, PARTS)
-        queries, query_sum = query_operands(normalized, BITS, PARTS)
+            normalized, power = normalize_columns(split_parts(raw, PARTS), PARTS)
+        queries, correction = query_operands(normalized, OFFSET, GAIN, BITS, PARTS, WARPS)
         row_scale = power * score_scale
-        correction = query_sum * (-OFFSET / GAIN)
         q_pos = kv_len - QUERY_LEN + row // GROUP
         m = tl.full([BLOCK_M], float('-inf'), tl.float32)
         l = tl.zeros([WARPS * 8, BLOCK_M], tl.float32)
@@ -186,9 +185,6 @@ def _decode_kernel(
         if PDL and WAIT == WAIT_PAGES:
             tl.extra.cuda.gdc_wait()
         oldest = kv_len - QUERY_LEN - WINDOW
-        # Page ids are read a tile ahead: the compiler starts a tile's loads num_stages - 1 tiles early only if their
-        # addresses are there by then, and takes a read of an address as a stage of its own.
-        pages = tile_pages(row_table_ptr, tile, kv_len, PAGE, BLOCK_N)
         for step in range(tile, stop):
             following = tile_pages(row_table_ptr, step + 1, kv_len, PAGE, BLOCK_N)
             m, l, weight, accs = attend(
@@ -224,7 +220,7 @@ def _decode_kernel(
             acc = repeat_columns(some, BLOCK_M)
         if pieces == 1:  # nobody else has any of it, or nobody has any more
             finish(out_ptrs, row_mask, m, total_l, acc, sinks_ptrs, v_matrix_ptr, out_scale, tl.minimum(kv_len, 0), DV,
-                   PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV)
+                   PARTV, BLOCK_PV, PARTSV, BLOCK_DV, HADAMARDV, WARPS, CAP)
         remaining -= (stop - tile + shift) >> shift
         seq += 1
         skip = first * 0

@@ -7,8 +7,9 @@ import triton.language as tl
 from .rotation import hadamard_signs, normalize_columns, rotate_columns
 from .rows import by_lanes, load_rows, mix_rows, mixed_columns, store_mixed, store_of_rows
 
-QUERY_TAIL = tl.constexpr(8)
-"""fp16 words behind a rotated query: an fp32 number, and padding to whole 16 bytes."""
+QUERY_TAIL = tl.constexpr(16)
+"""fp16 words behind a rotated query: an fp32 number, and padding, for Triton reads 16 bytes at once only if it knows
+strides to be multiples of 16."""
 
 
 @triton.jit

@@ -46,32 +46,47 @@ def butterflies(y, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def hadamard_signs(FACTOR: tl.constexpr, DTYPE: tl.constexpr, zero):
-    """The Hadamard matrix of 16, entries +-FACTOR. ``zero``: 0, see :func:`hadamard_columns`."""
-    row = tl.arange(0, 16) + zero
+def hadamard_signs(FACTOR: tl.constexpr, DTYPE: tl.constexpr, zero, SIZE: tl.constexpr = 16):
+    """The Hadamard matrix of 16 or 32, entries +-FACTOR. ``zero``: 0, see :func:`hadamard_columns`."""
+    row = tl.arange(0, SIZE) + zero
     both = row[:, None] & row[None, :]
+    if SIZE > 16:
+        both = both ^ (both >> 4)
     both = both ^ (both >> 2)
     negative = ((both ^ (both >> 1)) & 1) != 0  # by the parity of the bits that row and column share
     return tl.where(negative, -FACTOR, FACTOR).to(DTYPE)
 
 
 @triton.jit
-def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero):
+def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero, WARPS: tl.constexpr):
     """Columns x [D, columns], D a power of two, times the Hadamard matrix of entries +-FACTOR, a power of two.
 
     Products are exact (of fp32 operands those that tf32 holds, as it holds all of bf16 and fp16, or any if PRECISION
-    is 'ieee'), and sums fp32. With eight columns per warp nothing but the operand changes lanes.
+    is 'ieee'), and sums fp32. Nothing but the operand changes lanes: two warps have eight columns each, or each half of
+    them and a pair of elements in a lane; two more have other elements of the product.
 
     Args:
         zero: 0. In a loop, a scalar of which the compiler does not know it: else it makes the signs before the loop,
             and keeps them in registers that the loop has no use for.
     """
-    HIGH: tl.constexpr = x.shape[0] // 16
     COLUMNS: tl.constexpr = x.shape[1]
-    low = tl.reshape(tl.permute(tl.reshape(x, (HIGH, 16, COLUMNS)), (1, 0, 2)), (16, HIGH * COLUMNS))
-    y = tl.dot(hadamard_signs(FACTOR, x.dtype, zero), low, input_precision=PRECISION)
-    y = butterflies(y, COLUMNS, HIGH)
-    return tl.reshape(tl.permute(tl.reshape(y, (16, HIGH, COLUMNS)), (1, 0, 2)), (HIGH * 16, COLUMNS))
+    LOW: tl.constexpr = 32 if WARPS > 2 else 16
+    PAIR: tl.constexpr = 2 if WARPS > 1 and COLUMNS == 8 else 1
+    HIGH: tl.constexpr = x.shape[0] // (LOW * PAIR)
+    apart = tl.reshape(x, (HIGH, PAIR, LOW, COLUMNS))
+    low = tl.reshape(tl.permute(apart, (2, 0, 3, 1)), (LOW, HIGH * COLUMNS * PAIR))
+    y = tl.dot(hadamard_signs(FACTOR, x.dtype, zero, LOW), low, input_precision=PRECISION)
+    y = butterflies(y, 1, PAIR)
+    y = butterflies(y, COLUMNS * PAIR, HIGH)
+    return tl.reshape(tl.permute(tl.reshape(y, (LOW, HIGH, COLUMNS, PAIR)), (1, 3, 0, 2)), x.shape)
+
+
+@triton.jit
+def rounded(x, CAP: tl.constexpr):
+    """fp32 rounded to what tf32 holds, 11 bits of it. The interpreter multiplies all bits."""
+    if CAP > 0:
+        x = tl.inline_asm_elementwise('cvt.rna.tf32.f32 $0, $1;', '=r,r', [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
 
 
 @triton.jit

@@ -21,6 +21,9 @@ LEAD = 8
 """Programs that do not count when they are spread over multiprocessors one by one: a Hopper GPU of 132 starts the first
 eight on eight of them, and then one on each in turn, these included."""
 
+MANY = 128
+"""Sequences times KV heads from which on programs of one warp are faster, where codes share bytes."""
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -52,12 +55,13 @@ def _token_bytes(cache: PagedCache) -> int:
     return sizes['BLOCK_P'] + sizes['BLOCK_PV']
 
 
-def default_config(cache: PagedCache, block_m: int, batch: int) -> DecodeConfig:
-    """Launch parameters for a cache, its GPU, a number of query rows per program, and of sequences.
+def default_config(cache: PagedCache, block_m: int, batch: int, grid_heads: int) -> DecodeConfig:
+    """Launch parameters for a cache, its GPU, query rows per program, sequences, and KV heads times tiles of rows.
 
     From sweeps on an H200 (scripts/tune_decode.py, docs/performance.md): about 13 MB of tiles on their way to all of
-    its multiprocessors, not more. With fewer registers than 168, what combines results spills. Programs of one warp
-    wait for nobody, but there are many of them, each with results of its own: not for a single sequence.
+    its multiprocessors, not more. Two warps with registers for all that combines results; with 168 or fewer it spills.
+    Programs of one warp wait for nobody, but leave four times as many results, and combine few at a time: where codes
+    share bytes, and many sequences make good for it.
     """
     sizes, row = cache.sizes(), _token_bytes(cache)
     whole = sizes['PARTS'] * sizes['PARTSV'] == 1  # a byte is a code
@@ -65,16 +69,14 @@ def default_config(cache: PagedCache, block_m: int, batch: int) -> DecodeConfig:
         config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3 if whole and row <= 256 else 2)
     elif block_m > 8:
         config = DecodeConfig(128 if row <= 256 else 64, occupancy=4, num_warps=2)
-    elif row <= 128 and batch > 1 and whole:
+    elif row <= 128 and whole and batch > 1:
         config = DecodeConfig(64, occupancy=12, num_warps=1, maxnreg=168)
-    elif row <= 128 and batch > 1:
-        config = DecodeConfig(64, occupancy=8, num_warps=1, num_stages=3, maxnreg=168 if row < 128 else None)
-    elif row <= 128:
+    elif row <= 128 and whole:
         config = DecodeConfig(64, occupancy=6, num_warps=2, num_stages=3, maxnreg=168)
-    elif not whole:
-        config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3)
+    elif row <= 128 and grid_heads * batch >= MANY:
+        config = DecodeConfig(64, occupancy=8, num_warps=1, num_stages=3, maxnreg=168 if row < 128 else None)
     elif row <= 256:
-        config = DecodeConfig(64, occupancy=3, num_stages=3, maxnreg=168)
+        config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3)
     else:
         config = DecodeConfig(64, occupancy=3, maxnreg=168)
     # Beside tiles of K and V, scales and what crosses warps, and 1 KiB for the driver: GPUs without 228 KiB hold fewer
@@ -117,8 +119,8 @@ class Workspace:
         kv_heads = cache.num_kv_heads
         rows = query.size(1) // kv_heads * query_len
         block_m = min(max(8, triton.next_power_of_2(rows)), 32)
-        config = config or default_config(cache, block_m, batch)
         grid_heads = kv_heads * triton.cdiv(rows, block_m)
+        config = config or default_config(cache, block_m, batch, grid_heads)
         sms = multiprocessors(query.device)
         target = config.programs or max(1, config.occupancy * sms // grid_heads)
         each = max(1, sms * 4 // (config.num_warps * grid_heads))
