@@ -18,6 +18,7 @@ two minutes.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import statistics
 import sys
@@ -98,6 +99,8 @@ def main() -> int:
     parser.add_argument('--sets', type=int, default=1, help='of 24 prompts')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
+    if importlib.util.find_spec('ray') is None:
+        parser.error('ranks are started by Ray, which is not installed')
     formats = ['none', *(get_format(name).name for name in args.formats.split(','))]
     from transformers import AutoTokenizer
     model = chosen_model()

@@ -4,8 +4,9 @@
   scripts/sanitize.py [--tools memcheck,racecheck] [--formats fp8,int4_per_token_head] [--log FOLDER]
 
 Runs itself again under the tool with ``--launch``, a format at a time, each bounded in time. Prints a row per tool and
-format; exit code 1 if one reports an error, was not finished, or differs from the reference. compute-sanitizer is part
-of the CUDA toolkit; it is also in the wheel nvidia-cuda-sanitizer-api (14 MB), whose version should be CUDA's.
+format; exit code 1 if one reports an error, was not finished, or differs from the reference. An interrupt leaves the
+rows there are. compute-sanitizer is part of the CUDA toolkit; it is also in the wheel nvidia-cuda-sanitizer-api (14
+MB), whose version should be CUDA's.
 
 What it does not see: racecheck looks at shared memory alone. Decode programs that share a sequence leave their results
 in global memory and count, by an acquire-release atomic, who comes last (kernels/combine.py); decode begins before what
@@ -33,6 +34,7 @@ TOOLS = {'memcheck': ['--leak-check', 'no'], 'racecheck': [], 'synccheck': [], '
 REPEATS, STRESS = 3, 300
 LIMIT = 200  # seconds of one tool over one format, unless --limit says otherwise; racecheck takes longest
 COMPILE_LIMIT = 280  # of one format without a tool: kernels are compiled then, and kept in Triton's cache
+LAUNCHED = re.compile(r'^\w+: .*: \d+\.\d s$', re.MULTILINE)
 ERRORS = re.compile(r'(?:ERROR SUMMARY: (\d+) error)|(?:RACECHECK SUMMARY: (\d+) hazard)')
 
 
@@ -93,9 +95,19 @@ def check(program: str, tool: str, name: str, repeats: int, folder: Path,
     text = log.read_text(errors='replace')
     counts = [int(a or b) for a, b in ERRORS.findall(text)]
     done = 'all launches done' in text
-    return {'tool': tool, 'format': name, 'errors': sum(counts) if counts else None, 'exit': code, 'finished': done,
+    return {'tool': tool, 'format': name, 'launches': len(LAUNCHED.findall(text)),
+            'errors': sum(counts) if counts else None, 'exit': code, 'finished': done,
             'seconds': time.monotonic() - started, 'ok': done and code == 0 and bool(counts) and not any(counts),
             'log': str(log)}
+
+
+def launch_alone(name: str) -> int:
+    """The launches of a format without a tool, hence at their real timing; the exit status, 124: it took too long."""
+    command = [sys.executable, str(Path(__file__).resolve()), '--launch', '--formats', name, '--repeats', str(STRESS)]
+    try:
+        return subprocess.run(command, timeout=COMPILE_LIMIT).returncode
+    except subprocess.TimeoutExpired:
+        return 124
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,27 +132,26 @@ def main(argv: list[str] | None = None) -> int:
         print('there is no compute-sanitizer: it comes with the CUDA toolkit, or with `pip install '
               'nvidia-cuda-sanitizer-api==13.0.*` (the version of CUDA)', file=sys.stderr)
         return 2
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, wait
 
     from benchlib import print_table, write_results
     args.log.mkdir(parents=True, exist_ok=True)
 
-    def stress(name: str) -> int:
-        command = [sys.executable, str(Path(__file__).resolve()), '--launch', '--formats', name]
-        try:
-            return subprocess.run([*command, '--repeats', str(STRESS)], timeout=COMPILE_LIMIT).returncode
-        except subprocess.TimeoutExpired:
-            return 124
-
     with ThreadPoolExecutor(args.jobs) as pool:
-        # Without a tool first: real timing, and kernels are compiled once; under a tool the compiler is slow.
-        wrong = [name for name, code in zip(names, pool.map(stress, names)) if code]
+        # Without a tool first: kernels are compiled once, and under a tool the compiler is slow.
+        wrong = [name for name, code in zip(names, pool.map(launch_alone, names)) if code]
         if wrong:
             print(f'without a tool, these fail already: {", ".join(wrong)}')
             return 1
-        rows = list(pool.map(lambda pair: check(program, *pair, args.repeats, args.log, args.limit),
-                             [(tool, name) for tool in args.tools.split(',') for name in names]))
-    print_table(rows, ['tool', 'format', 'errors', 'exit', 'finished', 'seconds', 'log'])
+        jobs = [pool.submit(check, program, tool, name, args.repeats, args.log, args.limit)
+                for tool in args.tools.split(',') for name in names]
+        try:
+            wait(jobs)
+        except KeyboardInterrupt:
+            print('interrupted: what has not begun is left out, what has not ended did not finish')
+            pool.shutdown(wait=True, cancel_futures=True)
+    rows = [job.result() for job in jobs if not job.cancelled()]
+    print_table(rows, ['tool', 'format', 'launches', 'errors', 'exit', 'finished', 'seconds', 'log'])
     for row in rows:
         if not row['ok']:
             print(f'--- {row["log"]}\n' + Path(str(row['log'])).read_text(errors='replace')[-3000:])

@@ -31,6 +31,7 @@ VERDICT = ('point', 'target', 'met', 'rows', 'missed', 'worst', 'limit', 'worst_
 
 
 CONTENDERS = ('lmdeploy:0', *(f'kvq:{name}' for name in POLICIES))
+ROTATED = tuple(f'kvq:{name}' for name in FORMAT_LIMITS if name not in POLICIES)
 EVERY = ('lmdeploy:0', 'lmdeploy:16', 'lmdeploy:8', 'lmdeploy:4', *(f'kvq:{fmt.name}' for fmt in FORMATS))
 
 
@@ -56,6 +57,7 @@ PRESETS = {
     'flat': Preset(('32x8x128', ), (*ONE, *CONSTANT)),
     'query-len': Preset(('32x8x128', '28x4x128'), (SPEED_LOAD, ), (64, ), QUERY_LENS),
     'formats': Preset((MAIN[0], ), (SPEED_LOAD, *FORMAT_LOADS), (64, 128), contenders=EVERY),
+    'rotated': Preset(('32x8x128', '16x2x128'), (*LADDER, *RAGGED), contenders=(CONTENDERS[0], *ROTATED)),
 }
 OTHERS = {'peers': Preset((MAIN[0], MAIN[2]), LOADS, contenders=(*CONTENDERS, 'flashinfer:0', 'flashinfer:16'))}
 """What no target is about."""

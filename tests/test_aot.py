@@ -21,6 +21,8 @@ MMA = re.compile(r'mma\.sync\.\S+|wgmma\.mma_async\.\S+|tcgen05\.mma\.\S+')
 E4M3_TO_FP16 = 'cvt.rn.f16x2.e4m3x2'
 ACCESS = re.compile(r'(?P<wait>griddepcontrol\.wait)|(?P<combine>ld\.global\.cg)|(?P<read>ld\.global)|'
                     r'(?P<write>st\.global)|(?P<copy>cp\.async\.c[ag])|(?P<count>atom\.)|(?P<barrier>bar\.sync)')
+QUERIES = re.compile(r'(?P<queries>ld\.global\.(?:v4\.b32|b16)\s)|(?P<ask>prefetch\.global)|(?P<barrier>bar\.sync)|'
+                     r'(?P<copy>cp\.async\.c[ag])')
 NARROW_LOAD = re.compile(r'ld\.global\S*\.[bus]8\s')
 
 
@@ -152,9 +154,9 @@ def test_launches_are_chained_from_hopper_on(compiled, fmt, kernel):
             assert 'griddepcontrol.launch_dependents' not in result['ptx']
 
 
-def order(ptx: str) -> list[str]:
+def order(ptx: str, access: re.Pattern = ACCESS) -> list[str]:
     """What a program does to global memory, and its barriers, in order: by the names of :data:`ACCESS`."""
-    return [next(name for name, text in found.groupdict().items() if text) for found in ACCESS.finditer(ptx)]
+    return [next(name for name, text in found.groupdict().items() if text) for found in access.finditer(ptx)]
 
 
 @EACH
@@ -192,6 +194,20 @@ def test_results_are_left_counted_and_combined_one_after_the_other(compiled, fmt
         combining = steps[at + 2:]
         last = len(combining) - combining[::-1].index('combine')
         assert combining[last] == 'barrier' and combining[:last].count('write') <= 1, 'the counter'
+
+
+@EACH
+@FORMATS
+def test_reads_that_do_not_need_each_other_are_under_way_together(compiled, fmt, capability):
+    """Where a barrier follows, reads are waited for: parts of queries, the first tile, and results with statistics."""
+    for result in compiled(capability, fmt, 'decode'):
+        steps = order(result['ptx'], QUERIES)
+        steps = steps[steps.index('queries'):steps.index('copy')]
+        first = steps.index('barrier')
+        assert set(steps[:first]) == {'queries', 'ask'} and not set(steps[first:]) & {'queries', 'ask'}
+        steps = order(result['ptx'])
+        combining = steps[steps.index('combine'):len(steps) - steps[::-1].index('combine')]
+        assert set(combining) == {'combine'}
 
 
 @pytest.mark.parametrize('kernel, allowed', [('fill', set()), ('decode', {'read', 'barrier'})])

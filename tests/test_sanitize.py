@@ -1,8 +1,12 @@
 """scripts/sanitize.py without a GPU: where the tool is found, what its output means, which launches there are."""
 from __future__ import annotations
 
+import json
+import os
+import signal
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +58,29 @@ def test_verdicts_follow_the_tools_summary(tool, tmp_path, name, fmt, errors, ok
     """An error, or no summary at all, is no pass."""
     row = sanitize.check(str(tool), name, fmt, 1, tmp_path)
     assert (row['errors'], row['ok'], row['finished']) == (errors, ok, True)
+
+
+def test_an_interrupt_leaves_the_rows_there_are(tool, tmp_path, monkeypatch):
+    """Those that have ended, and those that were under way as not finished."""
+    fast, slow, never = (fmt.name for fmt in kvq.FORMATS[:3])
+    waits = f'case "$*" in *{slow}*) echo "{slow}: fill: 0.1 s"; sleep 30;; esac\n'
+    tool.write_text(TOOL.replace('echo "all', waits + 'echo "all'))
+    check, begun = sanitize.check, []
+
+    def interrupting(program, kind, name, *others):
+        begun.append(name)
+        if name == slow:
+            threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        return check(program, kind, name, *others[:-1], 3.0)
+
+    monkeypatch.setattr(sanitize, 'check', interrupting)
+    monkeypatch.setattr(sanitize, 'launch_alone', lambda name: 0)
+    done = sanitize.main(['--tools', 'racecheck', '--formats', f'{fast},{slow},{never}', '--jobs', '1',
+                          '--log', str(tmp_path), '--out', str(tmp_path)])
+    rows = json.loads((tmp_path / 'sanitize.json').read_text())['rows']
+    assert done == 1 and begun == [fast, slow]
+    assert [(row['format'], row['finished'], row['launches'], row['ok']) for row in rows] == [
+        (fast, True, 0, True), (slow, False, 1, False)]
 
 
 def test_mistakes(monkeypatch, capsys):
