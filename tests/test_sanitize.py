@@ -75,8 +75,12 @@ def test_an_interrupt_leaves_the_rows_there_are(tool, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sanitize, 'check', interrupting)
     monkeypatch.setattr(sanitize, 'launch_alone', lambda name: 0)
-    done = sanitize.main(['--tools', 'racecheck', '--formats', f'{fast},{slow},{never}', '--jobs', '1',
-                          '--log', str(tmp_path), '--out', str(tmp_path)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        done = sanitize.main(['--tools', 'racecheck', '--formats', f'{fast},{slow},{never}', '--jobs', '1',
+                              '--log', str(tmp_path), '--out', str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     rows = json.loads((tmp_path / 'sanitize.json').read_text())['rows']
     assert done == 1 and begun == [fast, slow]
     assert [(row['format'], row['finished'], row['launches'], row['ok']) for row in rows] == [
