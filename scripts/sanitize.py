@@ -5,8 +5,8 @@
 
 Runs itself again under the tool with ``--launch``, a format at a time, each bounded in time. Prints a row per tool and
 format; exit code 1 if one reports an error, was not finished, or differs from the reference. An interrupt leaves the
-rows there are. compute-sanitizer is part of the CUDA toolkit; it is also in the wheel nvidia-cuda-sanitizer-api (14
-MB), whose version should be CUDA's.
+rows there are, and is no pass. compute-sanitizer is part of the CUDA toolkit; it is also in the wheel
+nvidia-cuda-sanitizer-api (14 MB), whose version should be CUDA's.
 
 What it does not see: racecheck looks at shared memory alone. Decode programs that share a sequence leave their results
 in global memory and count, by an acquire-release atomic, who comes last (kernels/combine.py); decode begins before what
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f'--- {row["log"]}\n' + Path(str(row['log'])).read_text(errors='replace')[-3000:])
     version = subprocess.run([program, '--version'], text=True, capture_output=True).stdout.strip().splitlines()
     print(write_results('sanitize', rows, args.out, sanitizer=version[-1] if version else program))
-    return 0 if all(row['ok'] for row in rows) else 1
+    return 0 if len(rows) == len(jobs) and all(row['ok'] for row in rows) else 1
 
 
 if __name__ == '__main__':
