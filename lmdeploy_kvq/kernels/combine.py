@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .attend import LOG2E
-from .rotation import hadamard_columns, normalize_columns, rotate_back, rounded, split_parts
+from .rotation import hadamard_columns, normalize_columns, rotate_back, split_parts
 
 FAN = tl.constexpr(16)
 """Results that one program combines."""
@@ -116,8 +116,7 @@ def finish(out_ptrs, mask, m, l, acc, sinks_ptrs, matrix_ptr, out_scale, zero, D
         at_first: tl.constexpr = PARTSV == 1
         out = acc * factor[None, :] if at_first else acc
         if HADAMARDV != 0:
-            # What tf32 holds of any number is as much as fp16 would, without a power of two to be found first.
-            out = hadamard_columns(rounded(out, CAP), HADAMARDV, 'tf32', zero, WARPS)
+            out = hadamard_columns(out, HADAMARDV, zero, WARPS, CAP)
         if not at_first:
             out = out * factor[None, :]
         tl.store(out_ptrs[None, :] + dim[:, None], out.to(out_ptrs.dtype.element_ty),

@@ -58,12 +58,20 @@ def hadamard_signs(FACTOR: tl.constexpr, DTYPE: tl.constexpr, zero, SIZE: tl.con
 
 
 @triton.jit
-def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero, WARPS: tl.constexpr):
-    """Columns x [D, columns], D a power of two, times the Hadamard matrix of entries +-FACTOR, a power of two.
+def rounded(x, CAP: tl.constexpr):
+    """fp32 rounded to what tf32 holds, 11 bits of it. The interpreter multiplies all bits."""
+    if CAP > 0:
+        x = tl.inline_asm_elementwise('cvt.rna.tf32.f32 $0, $1;', '=r,r', [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
 
-    Products are exact (of fp32 operands those that tf32 holds, as it holds all of bf16 and fp16, or any if PRECISION
-    is 'ieee'), and sums fp32. Nothing but the operand changes lanes: two warps have eight columns each, or each half of
-    them and a pair of elements in a lane; two more have other elements of the product.
+
+@triton.jit
+def hadamard_columns(x, FACTOR: tl.constexpr, zero, WARPS: tl.constexpr, CAP: tl.constexpr):
+    """Columns x, fp32 [D, columns], D a power of two, times the Hadamard matrix of entries +-FACTOR, a power of two.
+
+    Columns are rounded to tf32, which holds as much of any number as fp16 would, without a power of two to be found
+    first; then products are exact, and sums fp32. Nothing but the operand changes lanes: two warps have eight columns
+    each, or each half of them and a pair of elements in a lane; two more have other elements of the product.
 
     Args:
         zero: 0. In a loop, a scalar of which the compiler does not know it: else it makes the signs before the loop,
@@ -73,20 +81,12 @@ def hadamard_columns(x, FACTOR: tl.constexpr, PRECISION: tl.constexpr, zero, WAR
     LOW: tl.constexpr = 32 if WARPS > 2 else 16
     PAIR: tl.constexpr = 2 if WARPS > 1 and COLUMNS == 8 else 1
     HIGH: tl.constexpr = x.shape[0] // (LOW * PAIR)
-    apart = tl.reshape(x, (HIGH, PAIR, LOW, COLUMNS))
+    apart = tl.reshape(rounded(x, CAP), (HIGH, PAIR, LOW, COLUMNS))
     low = tl.reshape(tl.permute(apart, (2, 0, 3, 1)), (LOW, HIGH * COLUMNS * PAIR))
-    y = tl.dot(hadamard_signs(FACTOR, x.dtype, zero, LOW), low, input_precision=PRECISION)
+    y = tl.dot(hadamard_signs(FACTOR, x.dtype, zero, LOW), low, input_precision='tf32')
     y = butterflies(y, 1, PAIR)
     y = butterflies(y, COLUMNS * PAIR, HIGH)
     return tl.reshape(tl.permute(tl.reshape(y, (LOW, HIGH, COLUMNS, PAIR)), (1, 3, 0, 2)), x.shape)
-
-
-@triton.jit
-def rounded(x, CAP: tl.constexpr):
-    """fp32 rounded to what tf32 holds, 11 bits of it. The interpreter multiplies all bits."""
-    if CAP > 0:
-        x = tl.inline_asm_elementwise('cvt.rna.tf32.f32 $0, $1;', '=r,r', [x], dtype=tl.float32, is_pure=True, pack=1)
-    return x
 
 
 @triton.jit
