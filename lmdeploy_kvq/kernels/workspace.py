@@ -73,7 +73,7 @@ def default_config(cache: PagedCache, block_m: int, batch: int, grid_heads: int)
         config = DecodeConfig(64, occupancy=12, num_warps=1, maxnreg=168)
     elif row <= 128 and whole:
         config = DecodeConfig(64, occupancy=6, num_warps=2, num_stages=3, maxnreg=168)
-    elif row <= 128 and grid_heads * batch >= MANY:
+    elif row <= 128 and grid_heads * batch >= (MANY if row < 128 else 4 * MANY):
         config = DecodeConfig(64, occupancy=8, num_warps=1, num_stages=3, maxnreg=168 if row < 128 else None)
     elif row <= 256:
         config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3)
@@ -145,15 +145,16 @@ class Workspace:
         return self
 
     def combining(self, cache: PagedCache, rows: int) -> dict[str, int]:
-        """Columns of results that a program combines, and results at a time: as many as 64 registers per lane hold.
+        """Columns of results that a program combines, and results at a time: as many as registers hold.
 
-        PIECES: results that short sequences leave at most, two reads' worth.
+        PIECES: results that short sequences leave at most.
         """
-        sizes = cache.sizes()
+        sizes, warps = cache.sizes(), self.config.num_warps
         columns = min(self.block_m, triton.next_power_of_2(rows))
-        elements = columns * sizes['BLOCK_PV'] * sizes['PARTSV']
-        at_once = max(1, min(FAN.value, 64 * 32 * self.config.num_warps // elements))
-        return {'COLUMNS': columns, 'AT_ONCE': at_once, 'PIECES': min(FAN.value, 2 * at_once)}
+        lanes = columns * sizes['BLOCK_PV'] * sizes['PARTSV'] // (32 * warps)  # numbers of a result that a lane has
+        registers = 32 if warps == 1 else 128 if self.config.maxnreg is None and columns <= 4 else 64
+        return {'COLUMNS': columns, 'AT_ONCE': max(1, min(FAN.value, registers // max(lanes, 1))),
+                'PIECES': max(2, min(FAN.value, 128 // max(lanes, 1)))}
 
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
         """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
