@@ -145,16 +145,16 @@ class Workspace:
         return self
 
     def combining(self, cache: PagedCache, rows: int) -> dict[str, int]:
-        """Columns of results that a program combines, and results at a time: as many as registers hold.
+        """Columns of results that a program combines, and results at a time: as many as 64 registers per lane hold.
 
-        PIECES: results that short sequences leave at most.
+        Half as many in programs of one warp, whose registers would spill. PIECES: results that short sequences leave at
+        most.
         """
         sizes, warps = cache.sizes(), self.config.num_warps
         columns = min(self.block_m, triton.next_power_of_2(rows))
-        lanes = columns * sizes['BLOCK_PV'] * sizes['PARTSV'] // (32 * warps)  # numbers of a result that a lane has
-        registers = 32 if warps == 1 else 128 if self.config.maxnreg is None and columns <= 4 else 64
-        return {'COLUMNS': columns, 'AT_ONCE': max(1, min(FAN.value, registers // max(lanes, 1))),
-                'PIECES': max(2, min(FAN.value, 128 // max(lanes, 1)))}
+        most = 64 * 32 * warps // (columns * sizes['BLOCK_PV'] * sizes['PARTSV'])
+        return {'COLUMNS': columns, 'AT_ONCE': max(1, min(FAN.value, most // 2 if warps == 1 else most)),
+                'PIECES': max(2, min(FAN.value, 2 * most))}
 
     def inputs(self, query: torch.Tensor) -> DecodeInputs:
         """What :func:`~lmdeploy_kvq.kernels.fill.fill` has to prepare."""
