@@ -186,6 +186,21 @@ def last_bit() -> str:
     return table(header, rows) + measured('last_bit', 'dp_72') if rows else NOT_MEASURED
 
 
+def acceptance() -> str:
+    """Share of draft tokens that targets accept, by model and cache; of one model also what transformers foresees."""
+    def share(row: dict, exact: dict, key: str) -> str:
+        against = '' if row is exact or key not in row else f', {100 * (row[key] - exact[key]):+.1f} points'
+        return number(row, key, '.1%') + against
+
+    lines = []
+    for name, model in (('acceptance_trained', 'SmolLM2'), ('acceptance', 'random weights')):
+        rows = results(name)
+        lines += [[model, label('kvq', row['policy']), f'{row["drafted"]:,}', share(row, rows[0], 'accepted'),
+                   share(row, rows[0], 'accepted_by_transformers')] for row in rows]  # the bf16 cache is the first
+    header = ['model', 'cache', 'tokens drafted', 'accepted by the engine', 'by transformers in fp32']
+    return table(header, lines) + measured('acceptance_trained', 'acceptance') if lines else NOT_MEASURED
+
+
 def missed_targets() -> str:
     """Every committed row that misses its target."""
     lines = [line for name in TARGETS for line in misses(name, results(name))]
@@ -283,7 +298,7 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
          'targets': targets, 'missed-targets': missed_targets,
          'engine': engine, 'layer': layer, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
-         'last-bit': last_bit, 'decode-clocks': decode_clocks,
+         'last-bit': last_bit, 'acceptance': acceptance, 'decode-clocks': decode_clocks,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),

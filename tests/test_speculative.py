@@ -251,7 +251,7 @@ def shares(runs: dict, policies: dict[str, int]) -> dict[str, float]:
 
 @pytest.mark.gpu
 def test_acceptance_with_a_trained_model(tmp_path):
-    """Of a trained model, whose draft was fitted to its own texts: within 2 points, for every format."""
+    """Of a trained model, whose draft was fitted to its own texts: within 2 points of the bf16 cache."""
     from benchlib import write_results
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -276,10 +276,11 @@ def test_acceptance_with_a_trained_model(tmp_path):
 
 @pytest.mark.gpu
 def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
-    """Within 2 points; and reading several tokens at once predicts what reading one by one predicts.
+    """Within 2 points, but for what a format's own error costs; and reading several tokens at once predicts what
+    reading one by one predicts.
 
-    Where a format accepts fewer, transformers says how many its own error costs: a target and its draft round what they
-    read independently of each other, and the choices of this model of random weights are close calls.
+    Choices of this model of random weights are close calls, and a target and its draft round what they read
+    independently of each other: transformers in fp32 says how many fewer drafts fit.
     """
     from benchlib import write_results
     models.write(tmp_path / 'target', 'llama')
@@ -299,7 +300,7 @@ def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
     print(write_results('acceptance', rows, tmp_path, model='llama of tests/models.py, its EAGLE draft'), rows)
     assert 0.5 < accepted['none'] < 1 and runs['none draft']['drafted'] > 5000
     for name in engines.FORMATS:
-        assert accepted['none'] - accepted[name] <= own['none'] - own[name] + 0.02, 'more than the error of the format'
+        costs, cost = own['none'] - own[name], accepted['none'] - accepted[name]
+        assert abs(cost - costs) <= 0.02, f'{name}: not what the error of the format costs'
+        assert costs > 0.02 or abs(cost) <= 0.02, name
         assert several[name] <= 3 * (several['none'] + (several['none'] * expected[name])**.5)
-    for name in engines.FORMATS:
-        assert abs(accepted[name] - accepted['none']) <= 0.02
