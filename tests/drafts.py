@@ -1,6 +1,7 @@
 """Draft models: for the tiny Llama of tests/models.py, and for a trained model."""
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ import models
 import torch
 
 from lmdeploy_kvq.accuracy import agreeing
+
+LEARNING_RATE, CROSS_ENTROPY = 5e-4, 0.1
 
 
 def write_eagle(folder: Path, target: Path) -> None:
@@ -33,38 +36,80 @@ def write_eagle(folder: Path, target: Path) -> None:
               metadata={'format': 'pt'})
 
 
-@torch.inference_mode()
-def fit_eagle(folder: Path, target: Path, model: torch.nn.Module, texts: torch.Tensor) -> None:
-    """An EAGLE draft of a trained target, fitted to texts: it foresees hidden states by least squares.
+class EagleDraft(torch.nn.Module):
+    """The joint projection of a token's embedding and the hidden state before it, and one layer without its first norm.
 
-    The joint projection takes the embedding of a token and the target's hidden state before it to the target's hidden
-    state after it, as well as a linear map can. The one layer behind it, the target's last, adds nothing.
+    Its state is that of a checkpoint of LMDeploy's EagleLlamaForCausalLM, but for the embedding.
+    """
+
+    def __init__(self, model: torch.nn.Module, projection: torch.Tensor):
+        """From the target's last layer, which adds nothing at first; projection: [hidden, 2 * hidden]."""
+        super().__init__()
+        self.fc = torch.nn.Linear(*reversed(projection.shape), bias=False)
+        self.fc.weight.data = projection.contiguous()
+        layer = copy.deepcopy(model.model.layers[-1])
+        layer.input_layernorm = torch.nn.Identity()
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            last.weight.data.zero_()
+        self.layers, self.places = torch.nn.ModuleList([layer]), model.model.rotary_emb
+
+    def forward(self, known: torch.Tensor) -> torch.Tensor:
+        """The hidden states after ``known`` [texts, tokens, 2 * hidden]."""
+        states = self.fc(known)
+        places = torch.arange(known.size(1), device=known.device)[None]
+        return self.layers[0](states, position_embeddings=self.places(states, places))
+
+
+def fit_eagle(folder: Path, target: Path, model: torch.nn.Module, texts: torch.Tensor, steps: int = 0) -> EagleDraft:
+    """Write an EAGLE draft of a trained target, fitted to texts: it foresees the target's hidden states.
+
+    First the joint projection by least squares, as well as a linear map can; then, in ``steps`` of AdamW, the layer
+    behind it too, to hidden states and to what the target predicts from them (the losses of EAGLE, Li et al. 2024).
 
     Args:
         target: folder of the model; model: the same by transformers, fp32.
         texts: [texts, tokens] token ids, on the model's device.
     """
     from safetensors.torch import save_file
-    embedding, hidden = model.get_input_embeddings().weight, model.config.hidden_size
-    products = torch.zeros(2 * hidden, 3 * hidden, dtype=torch.float64, device=texts.device)
-    for ids in texts.split(32):
-        states = model.model(ids).last_hidden_state
-        known = torch.cat([embedding[ids[:, 1:]], states[:, :-1]], -1).flatten(0, 1).double()
-        products += known.mT @ torch.cat([known, states[:, 1:].flatten(0, 1).double()], 1)
-    squares, wanted = products.split([2 * hidden, hidden], 1)
-    fitted = torch.linalg.solve(squares + 1e-3 * squares.diagonal().diag(), wanted)
-    last = f'model.layers.{model.config.num_hidden_layers - 1}.'
-    weights = {f'layers.0.{name.removeprefix(last)}': weight for name, weight in model.state_dict().items()
-               if name.startswith(last) and 'input_layernorm' not in name}
-    for name in ('self_attn.o_proj.weight', 'mlp.down_proj.weight'):
-        weights[f'layers.0.{name}'] = torch.zeros_like(weights[f'layers.0.{name}'])
-    weights |= {'fc.weight': fitted.mT, 'embed_tokens.weight': embedding}
+    embedding, hidden = model.get_input_embeddings().weight.detach(), model.config.hidden_size
+    with torch.no_grad():
+        states = torch.cat([model.model(ids).last_hidden_state for ids in texts.split(32)])
+        known, wanted = torch.cat([embedding[texts[:, 1:]], states[:, :-1]], -1), states[:, 1:]
+        products = torch.zeros(2 * hidden, 3 * hidden, dtype=torch.float64, device=texts.device)
+        for at in range(0, len(texts), 32):
+            given, after = (part[at:at + 32].flatten(0, 1).double() for part in (known, wanted))
+            products += given.mT @ torch.cat([given, after], 1)
+        squares, crossed = products.split([2 * hidden, hidden], 1)
+        projection = torch.linalg.solve(squares + 1e-3 * squares.diagonal().diag(), crossed).mT.to(embedding.dtype)
+        draft = EagleDraft(model, projection).to(texts.device)
+    train(draft, known, wanted, model.get_output_embeddings().weight.detach(), steps)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((target / 'config.json').read_text())
     # LMDeploy's draft has no head of its own to tie: the target's is taken.
     (folder / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 1, 'tie_word_embeddings': False}))
+    weights = {'embed_tokens.weight': embedding, **draft.state_dict()}
     save_file({name: weight.to(torch.bfloat16).cpu().contiguous() for name, weight in weights.items()},
               folder / 'model.safetensors', metadata={'format': 'pt'})
+    return draft
+
+
+def train(draft: EagleDraft, known: torch.Tensor, wanted: torch.Tensor, head: torch.Tensor, steps: int) -> None:
+    """AdamW, 16 texts at a time: hidden states [texts, tokens, hidden], and what the target's head makes of them."""
+    if not steps:
+        return
+    draft.requires_grad_(True)
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        chosen = torch.randint(len(known), (16, ), device=known.device)
+        found, right = (part.flatten(0, 1) for part in (draft(known[chosen]), wanted[chosen]))
+        loss = torch.nn.functional.smooth_l1_loss(found, right)
+        loss += CROSS_ENTROPY * torch.nn.functional.cross_entropy(found @ head.mT, (right @ head.mT).softmax(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
 
 
 def as_draft(model: torch.nn.Module) -> torch.nn.Module:

@@ -208,20 +208,27 @@ def test_acceptance_of_a_target_that_drafts_for_itself():
 
 
 def test_a_fitted_draft_foresees_hidden_states(tmp_path):
-    """On texts it was fitted to, better than their mean does; it adds nothing behind its projection, and LMDeploy loads
-    it."""
+    """On texts it was fitted to, better than their mean does, and better still once its layer is trained; it is as it
+    was written, and LMDeploy loads it."""
     from safetensors.torch import load_file
     models.write(tmp_path / 'target', 'llama', torch.float16)
     model = models.build('llama')
     texts = torch.tensor(models.prompts(40, 64, seed=4))
-    drafts.fit_eagle(tmp_path / 'draft', tmp_path / 'target', model, texts)
-    weights = load_file(tmp_path / 'draft' / 'model.safetensors')
-    with torch.inference_mode():
+    torch.manual_seed(0)
+    with torch.no_grad():
         states = model.model(texts).last_hidden_state
         known = torch.cat([model.get_input_embeddings()(texts[:, 1:]), states[:, :-1]], -1)
-        error = (known @ weights['fc.weight'].float().mT - states[:, 1:]).square().mean()
-        assert error < 0.7 * (states - states.mean((0, 1))).square().mean()
-    assert not any(weights[f'layers.0.{name}.weight'].any() for name in ('self_attn.o_proj', 'mlp.down_proj'))
+
+        def error(draft: drafts.EagleDraft) -> float:
+            return float((draft(known) - states[:, 1:]).square().mean())
+
+        linear = error(drafts.fit_eagle(tmp_path / 'linear', tmp_path / 'target', model, texts))
+        assert linear < 0.7 * (states - states.mean((0, 1))).square().mean()
+    trained = drafts.fit_eagle(tmp_path / 'draft', tmp_path / 'target', model, texts, steps=60)
+    with torch.no_grad():
+        assert error(trained) < 0.95 * linear
+    written = load_file(tmp_path / 'draft' / 'model.safetensors')
+    assert all(torch.equal(written[name], weight.bfloat16()) for name, weight in trained.state_dict().items())
     draft = build_draft((tmp_path / 'target', tmp_path / 'draft'), 108)
     assert len(draft.model.layers) == 1
 
@@ -251,7 +258,7 @@ def shares(runs: dict, policies: dict[str, int]) -> dict[str, float]:
 
 @pytest.mark.gpu
 def test_acceptance_with_a_trained_model(tmp_path):
-    """Of a trained model, whose draft was fitted to its own texts: within 2 points of the bf16 cache."""
+    """Of a trained model, whose draft was trained on its own texts: within 2 points of the bf16 cache."""
     from benchlib import write_results
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -260,8 +267,9 @@ def test_acceptance_with_a_trained_model(tmp_path):
     ids = torch.tensor([AutoTokenizer.from_pretrained(MODEL).encode(text)[:4096] for text in built_in().values()])
     starts = ids.unfold(1, 16, 16).flatten(0, 1).cuda()
     torch.manual_seed(0)
-    texts = model.generate(starts, max_new_tokens=240, do_sample=True, top_k=0, pad_token_id=0)
-    drafts.fit_eagle(tmp_path, Path(MODEL), model, texts)
+    texts = model.generate(starts, max_new_tokens=240, do_sample=True, top_k=0, temperature=0.5, num_return_sequences=2,
+                           pad_token_id=0)  # nearer to what is generated greedily than at 1.0
+    drafts.fit_eagle(tmp_path, Path(MODEL), model, texts, steps=1000)
     del model
     torch.cuda.empty_cache()
     prompts = ids[:, 10:].unfold(1, 24, 40).flatten(0, 1).tolist()[:192]
@@ -269,7 +277,7 @@ def test_acceptance_with_a_trained_model(tmp_path):
     accepted = shares(runs, policies)
     rows = [{'policy': policy, 'drafted': runs[f'{name} draft']['drafted'], 'accepted': accepted[name]}
             for name, policy in policies.items()]
-    print(write_results('acceptance_trained', rows, tmp_path, model='SmolLM2, an EAGLE draft fitted to it'), rows)
+    print(write_results('acceptance_trained', rows, tmp_path, model='SmolLM2, an EAGLE draft trained with it'), rows)
     assert 0.05 < accepted['none'] < 1 and min(row['drafted'] for row in rows) > 10000
     assert {name: share for name, share in accepted.items() if abs(share - accepted['none']) > 0.02} == {}
 
