@@ -48,6 +48,14 @@ def plain(cache: kvq.PagedCache) -> None:
     merge(query, torch.zeros(query.size(1), 4), query, torch.zeros(query.size(1), 4), query)
 
 
+def crowded(cache: kvq.PagedCache) -> None:
+    """A decode step of many sequences: narrow rows have programs of one warp."""
+    query, key, value = batch(cache, 64, 1)
+    n, table = torch.ones(64, dtype=torch.int32), torch.zeros(64, 2, dtype=torch.int32)
+    step(query, key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1),
+         1)
+
+
 def everything(cache: kvq.PagedCache) -> None:
     """Every feature at once: ragged prefill, a window, several new tokens, sizes that are no power of two."""
     query, key, value = batch(cache, 75, 7)
@@ -66,7 +74,7 @@ def explicit(cache: kvq.PagedCache) -> None:
     kvq.flatten(cache, torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), DTYPE)
 
 
-CASES = {plain: (64, (128, 128)), everything: (16, (80, 96)), explicit: (64, (64, 64))}
+CASES = {plain: (64, (128, 128)), everything: (16, (80, 96)), explicit: (64, (64, 64)), crowded: (64, (64, 64))}
 """Page size and head sizes of each case."""
 
 FIRST_AND_HOPPER = (80, 90)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from aot_compile import CASES, FIRST_AND_HOPPER, everything, plain
+from aot_compile import CASES, FIRST_AND_HOPPER, crowded, everything, plain
 from helpers import by_name, clean_environment, python
 
 import lmdeploy_kvq as kvq
@@ -28,7 +28,10 @@ NARROW_LOAD = re.compile(r'ld\.global\S*\.[bus]8\s')
 
 @pytest.fixture(scope='module')
 def compiled(tmp_path_factory):
-    """``compiled(capability, fmt, kernel)``: a kernel's compilations; one process per capability, two at a time."""
+    """``compiled(capability, fmt, kernel)``: a kernel's compilations; one process per capability, two at a time.
+
+    Programs of one warp, which have nothing to wait for each other with, are apart: ``alone=True``.
+    """
     folder = tmp_path_factory.mktemp('aot')
     script = HERE / 'aot_compile.py'
     running, waiting, results = {}, list(CAPABILITIES), {}
@@ -44,8 +47,9 @@ def compiled(tmp_path_factory):
         assert process.returncode == 0, f'sm_{capability}:\n{output[-5000:]}'
         results[capability] = json.loads((folder / f'{capability}.json').read_text())
 
-    def find(capability: int, fmt: kvq.KVFormat, kernel: str) -> list[dict]:
-        return [r for r in results[capability] if (r['format'], r['kernel']) == (fmt.name, f'_{kernel}_kernel')]
+    def find(capability: int, fmt: kvq.KVFormat, kernel: str, alone: bool = False) -> list[dict]:
+        return [r for r in results[capability] if (r['format'], r['kernel']) == (fmt.name, f'_{kernel}_kernel')
+                and alone == (r['case'] == crowded.__name__)]
 
     return find
 
@@ -78,16 +82,18 @@ def test_a_multiprocessor_holds_as_many_decode_programs_as_it_is_given(compiled,
     65,536 registers; 1 KiB of the shared memory is the driver's for each program. The H200's is what was measured.
     """
     from lmdeploy_kvq.kernels import workspace
-    cases = (plain, everything) if capability in FIRST_AND_HOPPER else (plain, )
-    for result, case in zip(compiled(capability, fmt, 'decode'), cases, strict=True):
+    cases = (plain, everything, crowded) if capability in FIRST_AND_HOPPER else (plain, )
+    found = compiled(capability, fmt, 'decode') + compiled(capability, fmt, 'decode', alone=True)
+    for result, case in zip(found, cases, strict=True):
         block_size, dims = CASES[case]
-        cache = kvq.PagedCache.allocate(fmt, 1, block_size, 8, *dims, device='cpu')
+        cache, batch = kvq.PagedCache.allocate(fmt, 1, block_size, 8, *dims, device='cpu'), 64 if case is crowded else 4
         monkeypatch.setattr(workspace, 'shared_memory', lambda device: 1 << 30)
-        wanted = default_config(cache, result['block_m'], batch=4, grid_heads=8).occupancy
+        wanted = default_config(cache, result['block_m'], batch, grid_heads=8).occupancy
         monkeypatch.setattr(workspace, 'shared_memory', lambda device: SHARED_LIMIT[capability] + 1024)
-        config = default_config(cache, result['block_m'], batch=4, grid_heads=8)
+        config = default_config(cache, result['block_m'], batch, grid_heads=8)
         fit = (SHARED_LIMIT[capability] + 1024) // (result['shared'] + 1024)
         assert config.occupancy == min(fit, wanted) and wanted * config.num_warps in (8, 12)
+        assert (config.num_warps == 1) == (case is crowded) and config.num_warps == result['num_warps']
         assert config.occupancy * 32 * result['num_warps'] * (result['maxnreg'] or 255) <= 65536
 
 
