@@ -55,9 +55,10 @@ class EagleDraft(torch.nn.Module):
 
     def forward(self, known: torch.Tensor) -> torch.Tensor:
         """The hidden states after ``known`` [texts, tokens, 2 * hidden]."""
-        states = self.fc(known)
-        places = torch.arange(known.size(1), device=known.device)[None]
-        return self.layers[0](states, position_embeddings=self.places(states, places))
+        states, tokens = self.fc(known), known.size(1)
+        places = torch.arange(tokens, device=known.device)[None]
+        later = torch.full((1, 1, tokens, tokens), float('-inf'), device=known.device).triu(1)
+        return self.layers[0](states, attention_mask=later, position_embeddings=self.places(states, places))
 
 
 def fit_eagle(folder: Path, target: Path, model: torch.nn.Module, texts: torch.Tensor, steps: int = 0) -> EagleDraft:
