@@ -208,8 +208,8 @@ def test_acceptance_of_a_target_that_drafts_for_itself():
 
 
 def test_a_fitted_draft_foresees_hidden_states(tmp_path):
-    """On texts it was fitted to, better than their mean does, and better still once its layer is trained; it is as it
-    was written, and LMDeploy loads it."""
+    """On texts it was fitted to, better than their mean does, adding nothing behind its projection, and better still
+    once its layer is trained; what is written is that draft, and LMDeploy loads it."""
     from safetensors.torch import load_file
     models.write(tmp_path / 'target', 'llama', torch.float16)
     model = models.build('llama')
@@ -224,6 +224,8 @@ def test_a_fitted_draft_foresees_hidden_states(tmp_path):
 
         linear = error(drafts.fit_eagle(tmp_path / 'linear', tmp_path / 'target', model, texts))
         assert linear < 0.7 * (states - states.mean((0, 1))).square().mean()
+    weights = load_file(tmp_path / 'linear' / 'model.safetensors')
+    assert not any(weights[f'layers.0.{name}.weight'].any() for name in ('self_attn.o_proj', 'mlp.down_proj'))
     trained = drafts.fit_eagle(tmp_path / 'draft', tmp_path / 'target', model, texts, steps=60)
     with torch.no_grad():
         assert error(trained) < 0.95 * linear
@@ -284,11 +286,10 @@ def test_acceptance_with_a_trained_model(tmp_path):
 
 @pytest.mark.gpu
 def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
-    """Within 2 points, but for what a format's own error costs; and reading several tokens at once predicts what
-    reading one by one predicts.
+    """Within 2 points; and reading several tokens at once predicts what reading one by one predicts.
 
-    Choices of this model of random weights are close calls, and a target and its draft round what they read
-    independently of each other: transformers in fp32 says how many fewer drafts fit.
+    Where a format accepts fewer, they are as many as its own error costs by transformers, within 2 points: a target and
+    its draft round what they read independently of each other, and choices of random weights are close calls.
     """
     from benchlib import write_results
     models.write(tmp_path / 'target', 'llama')
@@ -310,5 +311,6 @@ def test_acceptance_is_that_of_the_bf16_cache(tmp_path):
     for name in engines.FORMATS:
         costs, cost = own['none'] - own[name], accepted['none'] - accepted[name]
         assert abs(cost - costs) <= 0.02, f'{name}: not what the error of the format costs'
-        assert costs > 0.02 or abs(cost) <= 0.02, name
         assert several[name] <= 3 * (several['none'] + (several['none'] * expected[name])**.5)
+    for name in engines.FORMATS:
+        assert abs(accepted[name] - accepted['none']) <= 0.02
