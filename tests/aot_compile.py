@@ -38,22 +38,25 @@ def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: kvq
            workspace=workspace, filled=True, **features)
 
 
-def plain(cache: kvq.PagedCache) -> None:
-    """The engine's calls for a model with full attention: decode one token; prefill with history, in a piece."""
-    query, key, value = batch(cache, 4, 2)
-    n, table = torch.ones(4, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32)
+def one_token(cache: kvq.PagedCache, sequences: int, group: int) -> tuple[torch.Tensor, ...]:
+    """A decode step of as many sequences, with ``group`` query heads per KV head: query, key, value, lengths, table."""
+    query, key, value = batch(cache, sequences, group)
+    n, table = torch.ones(sequences, dtype=torch.int32), torch.zeros(sequences, 2, dtype=torch.int32)
     step(query, key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1),
          1)
+    return query, key, value, n, table
+
+
+def plain(cache: kvq.PagedCache) -> None:
+    """The engine's calls for a model with full attention: decode one token; prefill with history, in a piece."""
+    query, key, value, n, table = one_token(cache, 4, 2)
     flatten(cache, table, n, key, value, 4, NewTokens(key, value, n, n))
     merge(query, torch.zeros(query.size(1), 4), query, torch.zeros(query.size(1), 4), query)
 
 
 def crowded(cache: kvq.PagedCache) -> None:
     """A decode step of many sequences: narrow rows have programs of one warp."""
-    query, key, value = batch(cache, 64, 1)
-    n, table = torch.ones(64, dtype=torch.int32), torch.zeros(64, 2, dtype=torch.int32)
-    step(query, key, value, cache, TokenLayout(q_start=n, q_lens=n, kv_lens=n, block_table=table, uniform_query_len=1),
-         1)
+    one_token(cache, 64, 1)
 
 
 def everything(cache: kvq.PagedCache) -> None:
