@@ -22,8 +22,8 @@ LEAD = 8
 eight on eight of them, and then one on each in turn, these included."""
 
 MANY = 128
-"""Sequences times KV heads from which on programs of one warp are faster, where codes share bytes; of tokens of 128
-bytes four times as many."""
+"""Sequences times KV heads from which on programs of one warp are faster, where a token has less than 128 bytes; where
+it has 128, four times as many."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def default_config(cache: PagedCache, block_m: int, batch: int, grid_heads: int)
 
     From sweeps on an H200 (scripts/tune_decode.py, docs/performance.md): about 13 MB of tiles on their way to all of
     its multiprocessors, not more. Two warps with registers for all that combines results; with 168 or fewer it spills.
-    Programs of one warp wait for nobody, but leave four times as many results, and combine few at a time: where codes
-    share bytes, and many sequences make good for it.
+    Programs of one warp wait for nobody, but leave four times as many results, and combine few at a time: for narrow
+    rows, where many sequences make good for it.
     """
     sizes, row = cache.sizes(), _token_bytes(cache)
     whole = sizes['PARTS'] * sizes['PARTSV'] == 1  # a byte is a code
@@ -70,12 +70,11 @@ def default_config(cache: PagedCache, block_m: int, batch: int, grid_heads: int)
         config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3 if whole and row <= 256 else 2)
     elif block_m > 8:
         config = DecodeConfig(128 if row <= 256 else 64, occupancy=4, num_warps=2)
-    elif row <= 128 and whole and batch > 1:
-        config = DecodeConfig(64, occupancy=12, num_warps=1, maxnreg=168)
-    elif row <= 128 and whole:
-        config = DecodeConfig(64, occupancy=6, num_warps=2, num_stages=3, maxnreg=168)
     elif row <= 128 and grid_heads * batch >= (MANY if row < 128 else 4 * MANY):
-        config = DecodeConfig(64, occupancy=8, num_warps=1, num_stages=3, maxnreg=168 if row < 128 else None)
+        config = DecodeConfig(64, occupancy=12 if whole else 8, num_warps=1, num_stages=2 if whole else 3,
+                              maxnreg=168 if whole or row < 128 else None)
+    elif row <= 128 and whole and batch == 1:
+        config = DecodeConfig(64, occupancy=6, num_warps=2, num_stages=3, maxnreg=168)
     elif row <= 256:
         config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3)
     else:
