@@ -61,12 +61,14 @@ class Load:
 
     @staticmethod
     def lengths(spec: str) -> torch.Tensor:
-        """Tokens per sequence, int64 on the CPU."""
+        """Tokens per sequence, int64 on the CPU: ``40x4096``, ``40x4096+24`` (24 empty ones more, as CUDA graphs pad a
+        batch), or ``ragged:64`` of 16 to 32k tokens."""
         if spec.startswith('ragged:'):
             generator = torch.Generator().manual_seed(1)
             return (2**(torch.rand(int(spec[7:]), generator=generator) * 11 + 4)).long()
-        batch, tokens = map(int, spec.split('x'))
-        return torch.full((batch, ), tokens)
+        full, _, empty = spec.partition('+')
+        batch, tokens = map(int, full.split('x'))
+        return torch.tensor([tokens] * batch + [0] * int(empty or 0))
 
     @classmethod
     def build(cls, spec: str, page: int, bytes_per_token: int, pool_blocks: int = 0, device: str = 'cuda') -> Load:

@@ -3,9 +3,11 @@
 
 Per policy: eager; CUDA graphs at batch 1, 7 and 64; prefix caching (the prompts twice); chunked prefill, compared with
 the eager engine's tokens at batch 64. By default a prompt attends to its own tokens unquantized, so that history met in
-chunks or in the prefix cache changes text a little; where prefill reads the cache (``cache``), all ways must agree.
-bf16 is a row too: its own differences are the floor that a format is held to. ``equal_at_batch`` compares with the
-eager engine at the same batch, whose sums have the same order.
+chunks or in the prefix cache changes text a little; where prefill reads the cache (``cache``), it changes the last bits
+only, as another batch does: how decode divides its work depends on the whole batch. ``equal_at_batch`` compares with
+the eager engine at the same batch, whose sums have the same order. What has another order is judged by an eager engine
+of the same format that reads answers in one prefill each: how far is a token from the one it finds likeliest, at most
+(``worst_gap``) and in the mean of an answer (``mean_gap``, the largest). bf16 is a row too.
 """
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from benchlib import print_table, write_results
 from eval_engine import probe
+from features_check import PROGRAM
 
 from lmdeploy_kvq import FORMATS
 
@@ -27,10 +30,11 @@ WAYS = {  # name: engine arguments, batches, what prefill reads
     'graph': ({}, BATCHES, 'raw'),
     'prefix': (PREFIX, (64, 64), 'raw'),
     'chunked': (CHUNKED, (64, ), 'raw'),
-    'cache eager': ({'eager_mode': True}, (64, ), 'cache'),
+    'cache eager': ({'eager_mode': True}, BATCHES[::-1], 'cache'),
     'cache prefix': (PREFIX, (64, 64), 'cache'),
     'cache chunked': (CHUNKED, (64, ), 'cache'),
 }
+ENGINE = {'num_gpu_blocks': 1500, 'session_len': 2048, 'max_batch_size': 64}
 
 
 def prompts(count: int = 64) -> list[str]:
@@ -54,14 +58,28 @@ def run(model: str, jobs: int, new_tokens: int = 32) -> list[dict]:
     def one(item: tuple[str, str]) -> dict:
         engine, batches, prefill = WAYS[item[1]]
         return probe({'model': model, 'quant_policy': policies[item[0]], 'prompts': prompts(), 'new_tokens': new_tokens,
-                      'batches': list(batches),
-                      'engine': {'num_gpu_blocks': 1500, 'session_len': 2048, 'max_batch_size': 64, **engine}},
-                     {'LMDEPLOY_KVQ_PREFILL': prefill})
+                      'batches': list(batches), 'engine': {**ENGINE, **engine}}, {'LMDEPLOY_KVQ_PREFILL': prefill})
+
+    def said(name: str) -> dict[tuple[str, int], dict]:
+        """What an engine that reads the cache says of all answers of those that do, by way and round."""
+        rounds = {(way, number): done['tokens'] for way, (*_, prefill) in WAYS.items() if prefill == 'cache'
+                  for number, done in enumerate(results[name, way]['rounds'])}
+        ids = results[name, 'cache eager']['prompt_ids']
+        found = probe({'model': model, 'quant_policy': policies[name], 'scenario': 'score',
+                       'engine': {**ENGINE, 'eager_mode': True},
+                       'pairs': [pair for tokens in rounds.values() for pair in zip(ids, tokens)]},
+                      {'LMDEPLOY_KVQ_PREFILL': 'cache'}, 240, PROGRAM)
+        gaps = iter(found['gaps'])
+        each = {key: [next(gaps) for _ in tokens] for key, tokens in rounds.items()}
+        return {key: {'worst_gap': max(gap['worst'] for gap in of), 'mean_gap': max(gap['mean'] for gap in of),
+                      'likeliest': sum(gap['agree'] for gap in of) / len(of),
+                      'control': found['control'], 'mean_control': found['mean_control']} for key, of in each.items()}
 
     # Neighbours have different policies: the first ones compile for the others, and not the same kernels at once.
     keys = [(name, way) for way, name in itertools.product(sorted(WAYS, key=lambda way: way != 'graph'), policies)]
     with ThreadPoolExecutor(jobs) as pool:
         results = dict(zip(keys, pool.map(one, keys)))
+        scores = dict(zip(policies, pool.map(said, policies)))
     rows = []
     for name, way in itertools.product(policies, WAYS):
         result = results[name, way]
@@ -73,7 +91,8 @@ def run(model: str, jobs: int, new_tokens: int = 32) -> list[dict]:
                          'equal_sequences': equal, 'equal_prefix': prefix,
                          'equal_at_batch': shared(done['tokens'], base[size])[0],
                          'cached_tokens': sum(done['cached_tokens']),
-                         'first_tokens': [t[:1] for t in done['tokens'][:3]]})
+                         'first_tokens': [t[:1] for t in done['tokens'][:3]],
+                         **scores[name].get((way, number), {})})
     return rows
 
 
@@ -85,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = run(args.model, args.jobs)
     print_table(rows, ['format', 'policy', 'way', 'round', 'batch', 'equal_sequences', 'equal_at_batch', 'equal_prefix',
-                       'cached_tokens'])
+                       'cached_tokens', 'worst_gap', 'mean_gap', 'likeliest', 'control', 'mean_control'])
     print(write_results('engine_matrix', rows, args.out, model=args.model))
 
 

@@ -171,8 +171,10 @@ def short(number: int) -> str:
 
 
 def decode_rows(results: Results) -> list[dict]:
-    """The main shape at LMDeploy's page size and query length 1, with ``batch`` and ``tokens`` (None: ragged)."""
-    rows = [row for row in results.rows if (row['shape'], row['page'], row['query_len']) == (SHAPE, PAGE, 1)]
+    """The main shape at LMDeploy's page size and query length 1, with ``batch`` and ``tokens`` (None: ragged); batches
+    that are padded are not among them."""
+    rows = [row for row in results.rows if (row['shape'], row['page'], row['query_len']) == (SHAPE, PAGE, 1)
+            and '+' not in row['load']]
     for row in rows:
         ragged, _, batch = row['load'].partition(':')
         row['batch'], row['tokens'] = (int(batch), None) if batch else map(int, ragged.split('x'))

@@ -22,6 +22,7 @@ LADDER = ('1x128', '1x512', '1x2048', '1x8192', '1x32768', '8x128', '8x512', '8x
           '32x2048', '64x128', '64x512', '64x2048', '256x128', '256x512')
 RAGGED = tuple(f'ragged:{batch}' for batch in (1, 4, 16, 64, 256))
 QUERY_LENS = (1, 2, 4, 8)
+PADDED = ('5x8192', '5x8192+3', '20x2048', '20x2048+12', '40x4096', '40x4096+24')  # and what CUDA graphs make of them
 FORMAT_LOADS = ('1x131072', '8x512', '1x512', 'ragged:64')
 FILL_STEPS = ('decode:64', 'decode:256')
 FORMAT_LIMITS = {'int8_per_token_head': 0.60, 'k8v4_per_token_head': 0.60, 'int4_per_token_head': 0.50,
@@ -58,6 +59,7 @@ PRESETS = {
     'query-len': Preset(('32x8x128', '28x4x128'), (SPEED_LOAD, ), (64, ), QUERY_LENS),
     'formats': Preset((MAIN[0], ), (SPEED_LOAD, *FORMAT_LOADS), (64, 128), contenders=EVERY),
     'rotated': Preset(('32x8x128', '16x2x128'), (*LADDER, *RAGGED), contenders=(CONTENDERS[0], *ROTATED)),
+    'padded': Preset((MAIN[0], ), PADDED, contenders=(*CONTENDERS[:2], 'kvq:int4_per_token_head')),
 }
 OTHERS = {'peers': Preset((MAIN[0], MAIN[2]), LOADS, contenders=(*CONTENDERS, 'flashinfer:0', 'flashinfer:16'))}
 """What no target is about."""
@@ -70,7 +72,7 @@ def tokens_of(load: str) -> int | None:
     """Cached tokens of a load, None if its lengths differ."""
     if load.startswith('ragged'):
         return None
-    batch, tokens = map(int, load.split('x'))
+    batch, tokens = map(int, load.partition('+')[0].split('x'))
     return batch * tokens
 
 

@@ -50,8 +50,9 @@ def verdicts(rows: list[dict]) -> dict[str, dict]:
 @pytest.mark.parametrize('page', [64, 128])
 def test_loads_share_a_pool_and_use_pages_once(page):
     """No page serves two sequences of one walk, page 0 none, and entries beyond a length are 0."""
-    loads = bench_decode.Load.build_all(['64x512', '1x4096', '1x100', 'ragged:16'], page, 64, 'cpu')
+    loads = bench_decode.Load.build_all(['64x512', '1x4096', '5x100+3', 'ragged:16'], page, 64, 'cpu')
     assert len({load.pool_blocks for load in loads.values()}) == 1
+    assert loads['5x100+3'].lens.tolist() == [100] * 5 + [0] * 3
     for load in loads.values():
         blocks = (load.lens + page - 1) // page
         used = [row[:count] for table in load.tables for row, count in zip(table, blocks)]

@@ -4,12 +4,13 @@ import functools
 
 import pytest
 import torch
+import triton
 from helpers import by_name, covering, finite, frobenius, problem, python
 
 import lmdeploy_kvq as kvq
 from lmdeploy_kvq import reference
 from lmdeploy_kvq.kernels.decode import decode
-from lmdeploy_kvq.kernels.workspace import DecodeConfig, Workspace
+from lmdeploy_kvq.kernels.workspace import DecodeConfig, Workspace, default_config
 
 EVERY = pytest.mark.parametrize('fmt', kvq.FORMATS, ids=by_name)
 FORMATS = pytest.mark.parametrize('fmt', covering(), ids=by_name)
@@ -259,6 +260,36 @@ def test_the_division_of_work_changes_nothing_but_rounding(fmt, division, device
                workspace=workspace)
         assert frobenius(out, oracle(query, p, 1)) <= BOUND
         assert not workspace.counters.any()  # as they were
+
+
+@pytest.mark.parametrize('programs', [None, 3, 7])
+@FORMATS
+def test_padding_changes_no_bit(fmt, programs, device):
+    """CUDA graphs pad a batch with empty sequences: what the others read is summed in the same order."""
+    lens = [300, 65, 1, 130, 500, 64]
+    p = problem(fmt, lens, device=device)
+    query = queries(p, 2, 4)
+    config = None if programs is None else DecodeConfig(64, 4, programs=programs)
+    plain = torch.empty_like(query)
+    decode(query, p.cache, p.block_table, p.kv_lens, plain, query_len=2, sm_scale=0.125, config=config)
+    for size in (8, 40)[:1 if programs is None else 2]:  # launch parameters may change at a power of two
+        more = size - len(lens)
+        table, kv_lens = (torch.cat([part, part.new_zeros(more, *part.shape[1:])])
+                          for part in (p.block_table, p.kv_lens))
+        padded = torch.cat([query, query.new_zeros(2 * more, *query.shape[1:])])
+        out = torch.full_like(padded, float('nan'))
+        decode(padded, p.cache, table, kv_lens, out, query_len=2, sm_scale=0.125, config=config)
+        assert torch.equal(out[:len(plain)], plain) and not out[len(plain):].any()
+
+
+@EVERY
+def test_padded_batches_have_the_launch_of_others(fmt):
+    """Up to the next power of two, which CUDA graphs pad to: another launch would sum in another order."""
+    cache = kvq.PagedCache.allocate(fmt.name, 2, 64, 3, 64, device='cpu')
+    found = [default_config(cache, 8, batch, 3) for batch in range(1, 257)]
+    for batch in range(1, 257):
+        assert found[batch - 1] == found[triton.next_power_of_2(batch) - 1]
+    assert len(set(found)) > 1
 
 
 @FORMATS

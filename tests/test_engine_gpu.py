@@ -38,24 +38,38 @@ def matrix(request) -> dict[tuple[str, str, int], dict]:
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
 @pytest.mark.covers('feature.graphs')
 def test_graphs_give_the_eager_text(matrix, fmt):
-    """CUDA graphs at batch 64 repeat the eager tokens; smaller batches differ no more than bf16's do."""
-    assert matrix[fmt.name, 'graph', 2]['equal_sequences'] == 1
-    for number in (0, 1):
-        floor = matrix['none', 'graph', number]['equal_sequences']
-        assert matrix[fmt.name, 'graph', number]['equal_sequences'] >= floor - 1 / 7
-    assert matrix[fmt.name, 'graph', 0]['equal_at_batch'] == 1
+    """CUDA graphs repeat the eager tokens of 1, 7 and 64 sequences, padded with empty ones where they are fewer."""
+    assert [matrix[fmt.name, 'graph', number]['equal_at_batch'] for number in range(3)] == [1, 1, 1]
+
+
+def likely(matrix: dict, name: str, way: str, number: int) -> None:
+    """Answers whose sums have another order: as near to likely as the eager ones at batch 64, within the limits of
+    scripts/features_check.py, or as bf16's are; none is like the answer to another prompt (scripts/dp_check.py)."""
+    from dp_check import SHARE
+    from features_check import CONTROL, SLACK
+    found, plain, bf16 = (matrix[key] for key in ((name, way, number), (name, 'cache eager', 0), ('none', way, number)))
+    assert found['worst_gap'] <= 2 * max(plain['worst_gap'], bf16['worst_gap']) + SLACK
+    assert found['mean_gap'] <= SHARE * found['mean_control'] and found['control'] >= CONTROL
+
+
+@pytest.mark.xdist_group('matrix')
+@pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
+def test_fewer_at_a_time_get_answers_as_good(matrix, fmt):
+    """How work is divided depends on the batch, and with it the last bits; nothing else does."""
+    for number in (1, 2):
+        likely(matrix, fmt.name, 'cache eager', number)
 
 
 @pytest.mark.xdist_group('matrix')
 @pytest.mark.parametrize('fmt', FORMATS, ids=lambda f: f.name)
 @pytest.mark.covers('feature.prefix', 'feature.chunks')
 def test_prefix_cache_and_chunks_read_what_was_written(matrix, fmt):
-    """Where prefill reads the cache, history in the prefix cache or in chunks changes nothing."""
+    """Where prefill reads the cache, history in the prefix cache or in chunks changes when a sequence joins the batch,
+    and by that the order of sums, but nothing else."""
     assert matrix[fmt.name, 'cache prefix', 1]['cached_tokens'] > 10_000
     assert matrix[fmt.name, 'cache prefix', 0]['equal_sequences'] == 1
-    floor = min(matrix['none', way, n]['equal_sequences'] for way, n in (('prefix', 1), ('chunked', 0)))
-    assert matrix[fmt.name, 'cache prefix', 1]['equal_sequences'] >= floor - 0.1
-    assert matrix[fmt.name, 'cache chunked', 0]['equal_sequences'] >= floor - 0.1
+    likely(matrix, fmt.name, 'cache prefix', 1)
+    likely(matrix, fmt.name, 'cache chunked', 0)
 
 
 @pytest.mark.xdist_group('matrix')

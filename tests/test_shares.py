@@ -40,7 +40,7 @@ def _shares(lens_ptr, out_ptr, batch, target, each, most, BATCH: tl.constexpr, P
 
 def shares(tiles: list[int], target: int, each: int, pieces: int = 16) -> torch.Tensor:
     """[target, 7] of a batch of so many tiles per sequence; checks that every unit is taken once, in order, and that
-    sequences are units where none has more than two tiles."""
+    sequences are units where none has more than two tiles. Empty ones have no unit."""
     device = 'cpu' if interpreted() else 'cuda'
     lens = torch.tensor([n * TOKENS for n in tiles], dtype=torch.int32, device=device)
     out = torch.full((target, 7), -1, dtype=torch.int32, device=device)
@@ -48,14 +48,16 @@ def shares(tiles: list[int], target: int, each: int, pieces: int = 16) -> torch.
     out = out.cpu()
     taken = []
     whole = max(tiles) <= 2**WHOLE.value
-    tiles = [1 if whole else n for n in tiles]
+    tiles = [min(n, 1) if whole else n for n in tiles]
     for pid, (seq, tile, count, total, programs, first, shift) in enumerate(out.tolist()):
         assert shift == (WHOLE.value if whole else 0)
         assert total == sum(tiles) and 1 <= programs <= min(target, total)
         assert (count > 0) == (pid < programs) and (not count or first == pid)
         for _ in range(count):
+            while tile >= tiles[seq]:
+                seq, tile = seq + 1, 0
             taken.append((seq, tile))
-            seq, tile = (seq, tile + 1) if tile + 1 < tiles[seq] else (seq + 1, 0)
+            tile += 1
     assert taken == [(seq, tile) for seq, n in enumerate(tiles) for tile in range(n)]
     return out
 
@@ -102,6 +104,18 @@ def test_every_tile_once_and_evenly(seed):
 def test_small_shares(tiles, target, each, pieces, programs):
     """The loads of docs/performance.md."""
     assert shares(tiles, target, each, pieces)[0, 4] == programs
+
+
+@pytest.mark.parametrize('tiles', [
+    [81, 3, 6, 68], [1] * 5, [2, 1, 2], [32], [1] * 40, [1, 2] * 60, [32] * 33, [81, 3, 6, 68, 1, 112, 6, 79, 20, 8],
+])
+def test_empty_sequences_change_nothing(tiles):
+    """At the end, as CUDA graphs pad a batch, or between: the others are divided as they are without them."""
+    plain = shares(tiles, 198, 66)
+    padded = shares(tiles + [0] * (128 - len(tiles)), 198, 66)
+    assert torch.equal(padded[:plain[0, 4]], plain[:plain[0, 4]]) and not padded[plain[0, 4]:, 2].any()
+    between = shares([0] * 3 + [n for some in tiles for n in (some, 0)], 198, 66)
+    assert torch.equal(between[:, 2:], plain[:, 2:])
 
 
 def test_a_thousand_sequences_of_a_million_tokens():

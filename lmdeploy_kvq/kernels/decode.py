@@ -121,6 +121,15 @@ def _decode_kernel(
     row = (tl.program_id(0) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < ROWS
     head = kv_head * GROUP + row % GROUP
+    # Rows of empty sequences are zeros. The last programs, which have least to do, write them.
+    for empty in range(target - 1 - pid, batch, target):
+        if tl.load(kv_lens_ptr + empty) == 0:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            dim = tl.arange(0, BLOCK_DV)
+            token = (empty * QUERY_LEN + row // GROUP).to(tl.int64)
+            ptrs = out_ptr + token * stride_ot + head * stride_oh
+            tl.store(ptrs[None, :] + dim[:, None], 0.0, mask=row_mask[None, :] & (dim < DV)[:, None])
     score_scale = sm_scale * GAIN * LOG2E
     out_scale = 1.0
     if not PER_TOKEN:

@@ -24,21 +24,22 @@ FEWEST = tl.constexpr(0.625)
 FEW_TILES = tl.constexpr(4)
 """Tiles that a program takes rather than leaving more results than are combined at once."""
 
+COUNT = tl.constexpr(23)
+TILES = tl.constexpr((1 << 23) - 1)
+"""Bits of a sum that are tiles; those from COUNT on are sequences, so that one reduction has both."""
+
 WHOLE = tl.constexpr(1)
 """Sequences of 2^WHOLE tiles are not divided where none is longer: a tile takes less time than to combine results."""
 
 
 @triton.jit
 def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Range [first, last) of BLOCK_N-token tiles that any of a sequence's last QUERY_LEN rows sees.
-
-    An empty sequence has one tile, of which nothing is visible, so that somebody writes its rows.
-    """
+    """Range [first, last) of BLOCK_N-token tiles that any of a sequence's last QUERY_LEN rows sees; none if empty."""
     if WINDOW >= 0:
         first = tl.maximum(kv_len - QUERY_LEN - WINDOW, 0) // BLOCK_N
     else:
         first = kv_len * 0
-    return first, tl.maximum(tl.cdiv(kv_len, BLOCK_N), first + 1)
+    return first, tl.cdiv(kv_len, BLOCK_N)
 
 
 @triton.jit
@@ -74,14 +75,14 @@ def _ratio_up(a, b):
 
 
 @triton.jit
-def _fewer_programs(programs, longest, batch, total, each, PIECES: tl.constexpr):
-    """``programs``, or fewer that divide ``batch`` sequences better; see :func:`program_share`."""
-    alike = 4 * total >= 3 * batch * longest
-    if alike | (batch <= FEW_SEQUENCES):
+def _fewer_programs(programs, longest, sequences, total, each, PIECES: tl.constexpr):
+    """``programs``, or fewer that divide ``sequences`` better; see :func:`program_share`."""
+    alike = 4 * total >= 3 * sequences * longest
+    if alike | (sequences <= FEW_SEQUENCES):
         # A sequence more is several reads in a row: no fewer programs than sequences.
-        if (total <= ONE_EACH * each) & (batch <= each):
+        if (total <= ONE_EACH * each) & (sequences <= each):
             programs = tl.minimum(programs, each)
-        elif batch <= 2 * each:
+        elif sequences <= 2 * each:
             programs = tl.minimum(programs, 2 * each)
     share = _ratio_up(total, programs)
     short = longest <= FEW_TILES * PIECES
@@ -99,6 +100,12 @@ def _fewer_programs(programs, longest, batch, total, each, PIECES: tl.constexpr)
 
 
 @triton.jit
+def _row_units(row_total, shift):
+    """Units of a row of sequences, of which there is the sum (TILES, COUNT): sequences where those are units."""
+    return tl.where(shift > 0, row_total >> COUNT, row_total & TILES)
+
+
+@triton.jit
 def program_share(pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr,
                   BLOCK_N: tl.constexpr, BATCH: tl.constexpr, PIECES: tl.constexpr):
     """An equal share of a ragged batch's tiles for each of ``target`` programs or fewer, wherever sequences begin.
@@ -107,13 +114,14 @@ def program_share(pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN: tl.con
     This is the partition of stream-K matrix products (Osama et al., 2023, arXiv:2301.03598), with fewer programs where
     shares are small: one or two on each multiprocessor, and of those as many as leave few results of a sequence, or
     divide sequences of about one length evenly, or take them whole. docs/performance.md has the measurements behind
-    the limits.
+    the limits. Empty sequences have no tiles and do not count: CUDA graphs pad a batch with them, which must not change
+    how the others are divided, for that is what decides their last bits.
 
     Lengths come in rows of 32, so that a warp has all of them and no sum needs a barrier.
 
     Args:
         pid: index of this program among ``target``.
-        kv_lens_ptr: [batch] lengths.
+        kv_lens_ptr: [batch] lengths, less than 2^23 tiles in 32 of them (in BATCH / 8 where that is more).
         batch: sequences; ``BATCH`` is a power of two, as many or more.
         each: of ``target``, how many make four warps on each multiprocessor.
         most: tiles beyond which bandwidth is what counts, and all programs work.
@@ -127,38 +135,38 @@ def program_share(pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN: tl.con
     ROW: tl.constexpr = BATCH if BATCH <= 32 else max(32, BATCH // 8)
     lane = tl.arange(0, ROW)
     rows, row_totals = (), ()
+    total, sequences = batch * 0, batch * 0
     largest = tl.zeros([ROW], tl.int32)
     for start in tl.static_range(0, BATCH, ROW):
-        there = start + lane < batch
-        lens = tl.load(kv_lens_ptr + start + lane, mask=there, other=0).to(tl.int32)
+        lens = tl.load(kv_lens_ptr + start + lane, mask=start + lane < batch, other=0).to(tl.int32)
         first, last = visible_tiles(lens, QUERY_LEN, WINDOW, BLOCK_N)
-        tiles = tl.where(there, last - first, 0)
+        tiles = last - first
         rows += (tiles, )
-        row_totals += (tl.sum(tiles, 0), )
+        row_total = tl.sum(tl.where(tiles > 0, tiles + (TILES + 1), 0), 0)
+        row_totals += (row_total, )
+        total += row_total & TILES
+        sequences += row_total >> COUNT
         largest = tl.maximum(largest, tiles)
-    total = row_totals[0]  # type: ignore[misc]
-    for row in tl.static_range(1, BATCH // ROW):
-        total += row_totals[row]
     shift = batch * 0
-    if total <= batch << WHOLE:  # noqa: SIM102 - else some sequence has more, and there is nothing to reduce
+    if total <= sequences << WHOLE:  # noqa: SIM102 - else some sequence has more, and there is nothing to reduce
         if (tl.max(largest, 0) - 1) >> WHOLE == 0:
             shift += WHOLE
-            total = batch * 1
+            total = sequences * 1
             largest = tl.minimum(largest, 1)
     programs = tl.minimum(target, total)
     if (total > PIECES) & (total <= most):  # else there is nothing to gain
-        programs = _fewer_programs(programs, tl.max(largest, 0), batch, total, each, PIECES)
+        programs = _fewer_programs(programs, tl.max(largest, 0), sequences, total, each, PIECES)
     begin = first_tile(pid, total, programs)
     count = tl.where(pid < programs, first_tile(pid + 1, total, programs) - begin, 0)
     # The row of the sequence to begin with, then its place there.
     seq, skip, tiles = begin * 0, begin, rows[0]  # type: ignore[misc]
-    above = tl.where(shift > 0, ROW, row_totals[0])  # type: ignore[misc]
+    above = _row_units(row_totals[0], shift)  # type: ignore[misc]
     for row in tl.static_range(1, BATCH // ROW):
         later = above <= begin
         tiles = tl.where(later, rows[row], tiles)
         seq = tl.where(later, row * ROW, seq)
         skip = tl.where(later, begin - above, skip)
-        above += tl.where(shift > 0, ROW, row_totals[row])  # too many of a row that is not full: none follows it
+        above += _row_units(row_totals[row], shift)
     tiles = tl.where(shift > 0, tl.minimum(tiles, 1), tiles)
     ends = tl.cumsum(tiles, 0)
     over = ends <= skip

@@ -59,18 +59,22 @@ def _token_bytes(cache: PagedCache) -> int:
 def default_config(cache: PagedCache, block_m: int, batch: int, grid_heads: int) -> DecodeConfig:
     """Launch parameters for a cache, its GPU, query rows per program, sequences, and KV heads times tiles of rows.
 
+    The same for all numbers of sequences up to the next power of two, to which CUDA graphs pad them: other launch
+    parameters would be another order of sums.
+
     From sweeps on an H200 (scripts/tune_decode.py, docs/performance.md): about 13 MB of tiles on their way to all of
     its multiprocessors, not more. Two warps with registers for all that combines results; with 168 or fewer it spills.
     Programs of one warp wait for nobody, but leave four times as many results, and combine few at a time: for narrow
     rows, where many sequences make good for it.
     """
     sizes, row = cache.sizes(), _token_bytes(cache)
+    many = grid_heads * triton.next_power_of_2(batch)
     whole = sizes['PARTS'] * sizes['PARTSV'] == 1  # a byte is a code
     if block_m > 16:
         config = DecodeConfig(64, occupancy=4, num_warps=2, num_stages=3 if whole and row <= 256 else 2)
     elif block_m > 8:
         config = DecodeConfig(128 if row <= 256 else 64, occupancy=4, num_warps=2)
-    elif row <= 128 and grid_heads * batch >= (MANY if row < 128 else 4 * MANY):
+    elif row <= 128 and many >= (MANY if row < 128 else 4 * MANY):
         config = DecodeConfig(64, occupancy=12 if whole else 8, num_warps=1, num_stages=2 if whole else 3,
                               maxnreg=168 if whole or row < 128 else None)
     elif row <= 128 and whole and batch == 1:
