@@ -32,6 +32,8 @@ run() {  # run SECONDS NAME COMMAND...: log to OUT/NAME.log, then its last lines
   echo "== $name: exit $?, after $((SECONDS - start)) s"
   grep -v 'Warn\|INFO\|it/s' "$out/$name.log" | tail -25 | cut -c1-180
 }
+# What is installed may be another folder, the one that this is a copy of.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # An engine whose PyTorch compiles something starts a process per core for it: with sixteen engines, five hundred.
 export TORCHINDUCTOR_COMPILE_THREADS=1
 tests() {  # SECONDS NAME WORKERS TESTS

@@ -299,10 +299,11 @@ def test_large_batches(fmt, device):
     check(problem(fmt, lens, device=device, head_dim=32, kv_heads=1, block_size=32), 1, 2)
 
 
+@pytest.mark.parametrize('sequences', [1, 3, 40])
 @FORMATS
-def test_empty_batch_rows_with_poisoned_table(fmt, device):
+def test_empty_batch_rows_with_poisoned_table(fmt, sequences, device):
     """A batch of empty sequences only, as graph padding makes them."""
-    p = problem(fmt, [0, 0, 0], device=device)
+    p = problem(fmt, [0] * sequences, device=device)
     out = kvq.paged_attention(queries(p, 2, 4), p.cache, p.block_table, p.kv_lens, query_len=2, sinks=sinks(8, device))
     assert torch.equal(out, torch.zeros_like(out))
 

@@ -43,13 +43,13 @@ def test_graphs_give_the_eager_text(matrix, fmt):
 
 
 def likely(matrix: dict, name: str, way: str, number: int) -> None:
-    """Answers whose sums have another order: as near to likely as the eager ones at batch 64, within the limits of
-    scripts/features_check.py, or as bf16's are; none is like the answer to another prompt (scripts/dp_check.py)."""
-    from dp_check import SHARE
+    """Answers whose sums have another order: no farther from likely than scripts/features_check.py allows, beside the
+    eager ones at batch 64 or bf16's, and as many tokens are the likeliest, but for a tenth."""
     from features_check import CONTROL, SLACK
     found, plain, bf16 = (matrix[key] for key in ((name, way, number), (name, 'cache eager', 0), ('none', way, number)))
     assert found['worst_gap'] <= 2 * max(plain['worst_gap'], bf16['worst_gap']) + SLACK
-    assert found['mean_gap'] <= SHARE * found['mean_control'] and found['control'] >= CONTROL
+    assert found['likeliest'] >= plain['likeliest'] - 0.1
+    assert found['control'] >= CONTROL
 
 
 @pytest.mark.xdist_group('matrix')

@@ -121,15 +121,16 @@ def _decode_kernel(
     row = (tl.program_id(0) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < ROWS
     head = kv_head * GROUP + row % GROUP
-    # Rows of empty sequences are zeros. The last programs, which have least to do, write them.
-    for empty in range(target - 1 - pid, batch, target):
-        if tl.load(kv_lens_ptr + empty) == 0:
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-            dim = tl.arange(0, BLOCK_DV)
-            token = (empty * QUERY_LEN + row // GROUP).to(tl.int64)
-            ptrs = out_ptr + token * stride_ot + head * stride_oh
-            tl.store(ptrs[None, :] + dim[:, None], 0.0, mask=row_mask[None, :] & (dim < DV)[:, None])
+    if BATCH > 1:
+        # Rows of empty sequences are zeros. The last programs, which have least to do, write them.
+        for empty in range(target - 1 - pid, batch, target):
+            if tl.load(kv_lens_ptr + empty) == 0:
+                if PDL:
+                    tl.extra.cuda.gdc_wait()
+                dim = tl.arange(0, BLOCK_DV)
+                token = (empty * QUERY_LEN + row // GROUP).to(tl.int64)
+                ptrs = out_ptr + token * stride_ot + head * stride_oh
+                tl.store(ptrs[None, :] + dim[:, None], 0.0, mask=row_mask[None, :] & (dim < DV)[:, None])
     score_scale = sm_scale * GAIN * LOG2E
     out_scale = 1.0
     if not PER_TOKEN:
@@ -162,7 +163,7 @@ def _decode_kernel(
 
     while remaining > 0:
         kv_len = tl.load(kv_lens_ptr + seq).to(tl.int32)
-        first, last = visible_tiles(kv_len, QUERY_LEN, WINDOW, BLOCK_N)
+        first, last = visible_tiles(kv_len, QUERY_LEN, WINDOW, BLOCK_N, BATCH)
         tile = first + (skip << shift)
         stop = tl.minimum(last, tile + (remaining << shift))
         row_table_ptr = table_ptr + seq.to(tl.int64) * stride_table

@@ -33,13 +33,20 @@ WHOLE = tl.constexpr(1)
 
 
 @triton.jit
-def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Range [first, last) of BLOCK_N-token tiles that any of a sequence's last QUERY_LEN rows sees; none if empty."""
+def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BATCH: tl.constexpr):
+    """Range [first, last) of BLOCK_N-token tiles that any of a sequence's last QUERY_LEN rows sees.
+
+    An empty sequence has none; the only one of a batch has one, of which nothing is visible, so that somebody writes
+    its rows without more ado.
+    """
     if WINDOW >= 0:
         first = tl.maximum(kv_len - QUERY_LEN - WINDOW, 0) // BLOCK_N
     else:
         first = kv_len * 0
-    return first, tl.cdiv(kv_len, BLOCK_N)
+    last = tl.cdiv(kv_len, BLOCK_N)
+    if BATCH == 1:
+        last = tl.maximum(last, first + 1)
+    return first, last
 
 
 @triton.jit
@@ -139,13 +146,17 @@ def program_share(pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN: tl.con
     largest = tl.zeros([ROW], tl.int32)
     for start in tl.static_range(0, BATCH, ROW):
         lens = tl.load(kv_lens_ptr + start + lane, mask=start + lane < batch, other=0).to(tl.int32)
-        first, last = visible_tiles(lens, QUERY_LEN, WINDOW, BLOCK_N)
+        first, last = visible_tiles(lens, QUERY_LEN, WINDOW, BLOCK_N, BATCH)
         tiles = last - first
         rows += (tiles, )
-        row_total = tl.sum(tl.where(tiles > 0, tiles + (TILES + 1), 0), 0)
+        if BATCH == 1:
+            row_total = tl.sum(tiles, 0)
+            total, sequences = row_total, batch
+        else:
+            row_total = tl.sum(tl.where(tiles > 0, tiles + (TILES + 1), 0), 0)
+            total += row_total & TILES
+            sequences += row_total >> COUNT
         row_totals += (row_total, )
-        total += row_total & TILES
-        sequences += row_total >> COUNT
         largest = tl.maximum(largest, tiles)
     shift = batch * 0
     if total <= sequences << WHOLE:  # noqa: SIM102 - else some sequence has more, and there is nothing to reduce
