@@ -3,6 +3,7 @@
 # Usage: gpu_session.sh OUT PART...   (SmolLM2 in ~/models/smollm2; KVQ_COMMIT names the commit where git does not)
 #   kernels   the kernels' tests: two minutes on 18 cores
 #   matrix    graphs, prefix cache and chunks against eager engines, every format: about four minutes
+#   features  block sizes, a full pool, aborts, prefill graphs, long context, hostile requests: about three minutes
 #   tools     calibrated scales and transforms, metrics, eval: about five minutes
 #   ways      adapters, pictures, hybrid models, drafts, older LMDeploy, updates, faults: about four minutes
 #   update    live weight updates and sleep, and blocks per byte: two minutes
@@ -46,7 +47,10 @@ for part in "$@"; do
   echo "== $part begins, $((SECONDS - start)) s"
   case $part in
   kernels) run 400 kernels make --no-print-directory test-gpu-kernels JOBS="${JOBS:-$(($(nproc) * 9 / 16))}" ;;
-  matrix) tests 500 matrix 1 'graphs_give or prefix_cache_and or exact_prompt' ;;
+  matrix) tests 500 matrix 1 'graphs_give or fewer_at_a_time or prefix_cache_and or exact_prompt' ;;
+  features)
+    features='block_sizes or kernel_blocks or prefixes_in_a_pool or requests_cut or chunks_in_an or piecewise_graphs'
+    tests 400 features 4 "$features or 128k_tokens or test_dllm or stock_server or level_two or hostile" ;;
   tools) tests 600 tools 4 'not two and (calibrated or calibration_while or metrics_endpoint or eval_measures)' ;;
   ways)
     ways='adapters or qwen2_vl or picture or qwen3_next or qwen3_5 or acceptance or older_engine or blocks_take'

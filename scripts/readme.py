@@ -18,7 +18,7 @@ from decode_clocks import STAGES
 from labels import label
 from targets import KNOWN, PRESETS, TARGETS, misses, verdicts
 
-from lmdeploy_kvq import FORMATS, KVFormat
+from lmdeploy_kvq import FORMATS, KVFormat, get_format
 from lmdeploy_kvq.hook import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +75,37 @@ def formats() -> str:
                                                                     ('int4', 4, '4.25'))]
     return table(['format', 'policy', 'bits per element', 'tokens per byte', 'KL prose / technical', 'decode time'],
                  rows) + measured('accuracy_engine', 'decode')
+
+
+def _cache(name: str) -> str:
+    """What accuracy results call a cache, as tables say it."""
+    if name == 'none again':
+        return 'bf16, once more'
+    if 'LMDeploy' in name:
+        return f'*{name}*'
+    return f'`{name}`' + ' (experimental)' * bool(get_format(name).experimental)
+
+
+def accuracy_engine() -> str:
+    """What formats lose through the engine, and bf16 to itself: the floor."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in results('accuracy_engine'):
+        if row['format'] != 'none':
+            found.setdefault(row['format'], {})[row['domain']] = row
+    lines = [[_cache(name), *(
+        f'{of[domain][key]:{form}}' for key, form in (('mean_kl', '.4f'), ('top1_agreement', '.1%'))
+        for domain in ('technical', 'prose')), f'{of["technical"]["needle_exact"]:.0%}']
+             for name, of in sorted(found.items(), key=lambda item: item[1]['technical']['mean_kl'])]
+    return table(['cache', 'KL technical', 'KL prose', 'top 1 technical', 'top 1 prose', 'needles found'], lines) \
+        + measured('accuracy_engine') if lines else NOT_MEASURED
+
+
+def transform_gain() -> str:
+    """What calibrated transforms gain through the engine, on passages they were not calibrated on."""
+    lines = [[_cache(row['format']), row['transform'], f'{row["mean_kl"]:.4f}', f'{row["top1_agreement"]:.1%}']
+             for row in results('transform_gain_engine') if row['format'] != 'none']
+    return table(['cache', 'K transform', 'KL', 'top 1'], lines) + measured('transform_gain_engine') \
+        if lines else NOT_MEASURED
 
 
 def format_facts() -> str:
@@ -299,6 +330,7 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'targets': targets, 'missed-targets': missed_targets,
          'engine': engine, 'layer': layer, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
          'last-bit': last_bit, 'acceptance': acceptance, 'decode-clocks': decode_clocks,
+         'accuracy-engine': accuracy_engine, 'transform-gain': transform_gain,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),
          'accuracy-plot': partial(plots, 'accuracy', folder='../benchmarks'),
