@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchlib import print_table, write_results
 from eval_engine import probe
-from features_check import PROGRAM
+from features_check import judge
 
 from lmdeploy_kvq import FORMATS
 
@@ -65,15 +65,8 @@ def run(model: str, jobs: int, new_tokens: int = 32) -> list[dict]:
         rounds = {(way, number): done['tokens'] for way, (*_, prefill) in WAYS.items() if prefill == 'cache'
                   for number, done in enumerate(results[name, way]['rounds'])}
         ids = results[name, 'cache eager']['prompt_ids']
-        found = probe({'model': model, 'quant_policy': policies[name], 'scenario': 'score',
-                       'engine': {**ENGINE, 'eager_mode': True},
-                       'pairs': [pair for tokens in rounds.values() for pair in zip(ids, tokens)]},
-                      {'LMDEPLOY_KVQ_PREFILL': 'cache'}, 240, PROGRAM)
-        gaps = iter(found['gaps'])
-        each = {key: [next(gaps) for _ in tokens] for key, tokens in rounds.items()}
-        return {key: {'worst_gap': max(gap['worst'] for gap in of),
-                      'likeliest': sum(gap['agree'] for gap in of) / len(of), 'control': found['control']}
-                for key, of in each.items()}
+        return judge(model, policies[name], {**ENGINE, 'eager_mode': True},
+                     {key: list(zip(ids, tokens)) for key, tokens in rounds.items()})
 
     # Neighbours have different policies: the first ones compile for the others, and not the same kernels at once.
     keys = [(name, way) for way, name in itertools.product(sorted(WAYS, key=lambda way: way != 'graph'), policies)]

@@ -19,9 +19,11 @@ import argparse
 import random
 import sys
 import tempfile
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from benchlib import print_table, write_results
 from eval_engine import probe
@@ -31,6 +33,7 @@ from smollm2 import chosen_model
 from lmdeploy_kvq import get_format
 from lmdeploy_kvq.texts import built_in
 
+Key = TypeVar('Key', bound=Hashable)
 PROGRAM = (str(Path(__file__).with_name('engine_process.py')), )
 ENV = {'LMDEPLOY_KVQ_PREFILL': 'cache', 'LMDEPLOY_ENABLE_CHECK_ENV': '0', 'TQDM_DISABLE': '1'}
 NEW_TOKENS = 24
@@ -92,6 +95,25 @@ def make_rounds(tokenizer) -> list[list[list[int]]]:
     return [draw.sample(found, len(found)) for _ in range(4)]
 
 
+def judge(model: Path | str, policy: str | int, engine: dict, answers: Mapping[Key, Sequence]) -> dict[Key, dict]:
+    """What a fresh engine that reads the cache everywhere says of answers, which it reads in one prefill each.
+
+    Args:
+        engine: arguments of PytorchEngineConfig. answers: [prompt, answer] as token ids, in groups.
+
+    Returns:
+        Of each group ``answers``, how many; ``worst_gap``, of log-probabilities, from a token to the one found
+        likeliest; ``likeliest``, the share of tokens that are that one; and ``control``, see engine_process.py.
+    """
+    found = probe({'model': str(model), 'quant_policy': policy, 'engine': engine, 'scenario': 'score',
+                   'pairs': [pair for of in answers.values() for pair in of]}, ENV, 240, PROGRAM)
+    gaps = iter(found['gaps'])
+    each = {key: [next(gaps) for _ in of] for key, of in answers.items()}
+    return {key: {'answers': len(of), 'worst_gap': max(gap['worst'] for gap in of),
+                  'likeliest': sum(gap['agree'] for gap in of) / len(of), 'control': found['control']}
+            for key, of in each.items()}
+
+
 def run(formats: list[str], groups: list[str], jobs: int, work: Path) -> list[dict]:
     """A row per case and cache."""
     from transformers import AutoTokenizer
@@ -117,13 +139,9 @@ def run(formats: list[str], groups: list[str], jobs: int, work: Path) -> list[di
     def confirm(item: tuple[str, str]) -> dict[str, dict]:
         """What a plain engine of one model and cache says of all answers given with it."""
         model, policy = item
-        names = [name for name, case in chosen.items() if case.model == model and (name, policy) in done]
-        pairs = [pair for name in names for pair in done[name, policy]['pairs']]
-        found = probe({'model': str(folders[model]), 'quant_policy': policy, 'engine': {**PLAIN, **blocks(64)},
-                       'scenario': 'score', 'pairs': pairs}, ENV, 240, PROGRAM)
-        gaps = iter(found['gaps'])
-        return {name: {'gaps': [next(gaps) for _ in done[name, policy]['pairs']], 'control': found['control']}
-                for name in names}
+        return judge(folders[model], policy, {**PLAIN, **blocks(64)}, {
+            name: done[name, policy]['pairs'] for name, case in chosen.items()
+            if case.model == model and (name, policy) in done})
 
     with ThreadPoolExecutor(jobs) as pool:
         done = dict(zip(keys, pool.map(ask, keys)))
@@ -134,10 +152,8 @@ def run(formats: list[str], groups: list[str], jobs: int, work: Path) -> list[di
 
 def row(name: str, policy: str, done: dict, said: dict) -> dict:
     """One case with one cache."""
-    gaps = said['gaps']
-    return {'case': name, 'format': policy, 'answers': len(gaps), 'worst_gap': max(gap['worst'] for gap in gaps),
-            'likeliest': sum(gap['agree'] for gap in gaps) / len(gaps), 'control': said['control'],
-            'cached_tokens': sum(done['cached']), 'seconds': done['seconds'], 'start_seconds': done['start_seconds'],
+    return {'case': name, 'format': policy, **said, 'cached_tokens': sum(done['cached']), 'seconds': done['seconds'],
+            'start_seconds': done['start_seconds'],
             **{key: done[key] for key in ('replays', 'free', 'evicted', 'ended', 'asked') if key in done}}
 
 

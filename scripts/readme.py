@@ -66,7 +66,7 @@ def formats() -> str:
                                           r['query_len']) == (contender, policy, SHAPE, LOAD, PAGE, 1)), None)
         return 'not measured' if row is None else f'{row["vs_bf16"]:.2f}x'
 
-    rows = [[f'`{fmt.name}`' + ' (experimental)' * bool(fmt.experimental), str(fmt.policy),
+    rows = [[_cache(fmt.name), str(fmt.policy),
              f'{fmt.bits_per_element(128):g}', f'{16 / fmt.bits_per_element(128):.2f}x',
              kl(fmt.policy, fmt.name), speed('kvq', fmt.policy)]
             for fmt in FORMATS]
@@ -298,12 +298,11 @@ def accuracy() -> str:
     found: dict[tuple, dict] = {}
     for row in results('accuracy_cpu'):
         found.setdefault((row['owner'], row['format'], row['transform']), {})[row['domain']] = row
-    experimental = {fmt.name for fmt in FORMATS if fmt.experimental}
     lines = []
     for (owner, name, transform), rows in found.items():
         first = next(iter(rows.values()))
         ours = owner == 'lmdeploy_kvq'
-        cell = f'`{name}`' + ' (experimental)' * (name in experimental) if ours else f'*{owner} {name}*'
+        cell = _cache(name) if ours else f'*{owner} {name}*'
         lines.append([cell, transform if ours else '', f'{first["bytes_per_token"]:,.0f}',
                       *(f'{row["mean_kl"]:.2g} ± {row["kl_standard_error"]:.1g}' for row in rows.values()),
                       *(f'{row["perplexity"]:.2f}' for row in rows.values()),

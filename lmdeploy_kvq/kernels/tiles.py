@@ -108,7 +108,7 @@ def _fewer_programs(programs, longest, sequences, total, each, PIECES: tl.conste
 
 @triton.jit
 def _row_units(row_total, shift):
-    """Units of a row of sequences, of which there is the sum (TILES, COUNT): sequences where those are units."""
+    """Units of a row of sequences, from its sum of tiles and sequences: sequences where those are units."""
     return tl.where(shift > 0, row_total >> COUNT, row_total & TILES)
 
 
