@@ -47,7 +47,7 @@ for part in "$@"; do
   echo "== $part begins, $((SECONDS - start)) s"
   case $part in
   kernels) run 400 kernels make --no-print-directory test-gpu-kernels JOBS="${JOBS:-$(($(nproc) * 9 / 16))}" ;;
-  matrix) tests 500 matrix 1 'graphs_give or fewer_at_a_time or prefix_cache_and or exact_prompt' ;;
+  matrix) tests 500 matrix 1 'graphs_give or fewer_at or prefix_cache_and or depend_on_the or exact_prompt' ;;
   features)
     features='block_sizes or kernel_blocks or prefixes_in_a_pool or requests_cut or chunks_in_an or piecewise_graphs'
     tests 400 features 4 "$features or 128k_tokens or test_dllm or stock_server or level_two or hostile" ;;

@@ -232,6 +232,27 @@ def acceptance() -> str:
     return table(header, lines) + measured('acceptance_trained', 'acceptance') if lines else NOT_MEASURED
 
 
+def batch_texts() -> str:
+    """Of how many texts every token is that of the eager engine at batch 64, and what an engine says of the others."""
+    rows = {(row['format'], row['way'], row['round']): row for row in results('engine_matrix')}
+    names = list(dict.fromkeys(name for name, *_ in rows))
+
+    def share(name: str, way: str, number: int) -> str:
+        return f'{rows[name, way, number]["equal_sequences"]:.0%}'
+
+    def said(name: str, key: str, form: str) -> str:
+        found = [rows[name, way, number] for way, number in (('cache eager', 0), ('cache eager', 1),
+                                                             ('cache prefix', 1), ('cache chunked', 0))]
+        return ' / '.join(format(row[key], form) if key in row else '' for row in found)
+
+    lines = [['bf16' if name == 'none' else _cache(name), share(name, 'graph', 1), share(name, 'cache prefix', 1),
+              share(name, 'cache chunked', 0), said(name, 'likeliest', '.1%'), said(name, 'worst_gap', '.2f')]
+             for name in names]
+    header = ['cache', 'the same at batch 7', 'with a prefix cache', 'in chunks',
+              'tokens that are the likeliest: 64 / 7 / prefix / chunks', 'farthest from likely, nats']
+    return table(header, lines) + measured('engine_matrix') if lines else NOT_MEASURED
+
+
 def missed_targets() -> str:
     """Every committed row that misses its target."""
     lines = [line for name in TARGETS for line in misses(name, results(name))]
@@ -328,7 +349,7 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
          'targets': targets, 'missed-targets': missed_targets,
          'engine': engine, 'layer': layer, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
-         'last-bit': last_bit, 'acceptance': acceptance, 'decode-clocks': decode_clocks,
+         'last-bit': last_bit, 'batch-texts': batch_texts, 'acceptance': acceptance, 'decode-clocks': decode_clocks,
          'accuracy-engine': accuracy_engine, 'transform-gain': transform_gain,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),

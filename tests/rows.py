@@ -42,6 +42,7 @@ ROWS = (
     Row('arch.mla', 'Multi-head latent attention (DeepSeek V2, V3, V4; MiniCPM3)', needs_gpu=False,
         refused='its cache is one latent vector per token, not K and V per head'),
     Row('feature.graphs', 'CUDA graphs and eager mode give the same tokens'),
+    Row('feature.batch', 'A text depends on what else is decoded, and when, no more than with bf16'),
     Row('feature.prefix', 'Prefix caching: hits, shared prefixes'),
     Row('feature.eviction', 'Prefix caching with a full pool: eviction'),
     Row('feature.chunks', 'Chunked prefill'),
