@@ -61,20 +61,21 @@ class Load:
 
     @staticmethod
     def lengths(spec: str) -> torch.Tensor:
-        """Tokens per sequence, int64 on the CPU: ``40x4096``, ``40x4096+24`` (24 empty ones more, as CUDA graphs pad a
-        batch), or ``ragged:64`` of 16 to 32k tokens."""
+        """Tokens per sequence, int64 on the CPU: ``40x4096``, ``40x4096+24`` (and 24 of a token in page 0, as LMDeploy
+        pads the batch of a CUDA graph), or ``ragged:64`` of 16 to 32k tokens."""
         if spec.startswith('ragged:'):
             generator = torch.Generator().manual_seed(1)
             return (2**(torch.rand(int(spec[7:]), generator=generator) * 11 + 4)).long()
-        full, _, empty = spec.partition('+')
+        full, _, padding = spec.partition('+')
         batch, tokens = map(int, full.split('x'))
-        return torch.tensor([tokens] * batch + [0] * int(empty or 0))
+        return torch.tensor([tokens] * batch + [1] * int(padding or 0))
 
     @classmethod
     def build(cls, spec: str, page: int, bytes_per_token: int, pool_blocks: int = 0, device: str = 'cuda') -> Load:
         """Tables of random pages; the pool has ``pool_blocks`` or as many pages as the load needs."""
         lens = cls.lengths(spec)
         blocks = (lens + page - 1) // page
+        blocks[len(lens) - int(spec.partition('+')[2] or 0):] = 0
         used, width = int(blocks.sum()), int(blocks.max())
         copies = rotations(int(lens.sum()) * bytes_per_token)
         pool = max(used * copies + 1, pool_blocks)
@@ -134,7 +135,7 @@ class Ours:
         # As the engine calls it, after the fill.
         return decode(query, self.cache, table, lens, torch.empty_like(query), query_len=query_len,
                       sm_scale=query.size(-1)**-0.5, workspace=self.workspace(query, table, lens, query_len),
-                      filled=True)
+                      filled=True, padded=True)
 
     def error(self, query, table, lens, query_len) -> float:
         ours = self(query, table, lens, query_len)[:4 * query_len].double()

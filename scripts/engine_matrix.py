@@ -7,7 +7,8 @@ chunks or in the prefix cache changes text a little; where prefill reads the cac
 only, as another batch does: how decode divides its work depends on the whole batch. ``equal_at_batch`` compares with
 the eager engine at the same batch, whose sums have the same order. What has another order is judged by an eager engine
 of the same format that reads answers in one prefill each: how far is a token from the one it finds likeliest, at most
-(``worst_gap``), and how many are that one (``likeliest``). bf16 is a row too.
+(``worst_gap``), and how many are that one (``likeliest``); and of the eager engine's answers at batch 64 to the same
+prompts (``plain_...``). bf16 is a row too.
 """
 from __future__ import annotations
 
@@ -65,8 +66,12 @@ def run(model: str, jobs: int, new_tokens: int = 32) -> list[dict]:
         rounds = {(way, number): done['tokens'] for way, (*_, prefill) in WAYS.items() if prefill == 'cache'
                   for number, done in enumerate(results[name, way]['rounds'])}
         ids = results[name, 'cache eager']['prompt_ids']
-        return judge(model, policies[name], {**ENGINE, 'eager_mode': True},
-                     {key: list(zip(ids, tokens)) for key, tokens in rounds.items()})
+        found = judge(model, policies[name], {**ENGINE, 'eager_mode': True},
+                      {key: list(zip(ids, tokens)) for key, tokens in rounds.items()}
+                      | {size: list(zip(ids, rounds['cache eager', 0][:size])) for size in BATCHES})
+        return {(way, number): {**found[way, number], **{f'plain_{key}': found[len(tokens)][key]
+                                                        for key in ('worst_gap', 'likeliest')}}
+                for (way, number), tokens in rounds.items()}
 
     # Neighbours have different policies: the first ones compile for the others, and not the same kernels at once.
     keys = [(name, way) for way, name in itertools.product(sorted(WAYS, key=lambda way: way != 'graph'), policies)]

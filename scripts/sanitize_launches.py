@@ -121,7 +121,8 @@ def _decode(fmt: KVFormat, dim: int, v_dim: int | None, page: int, repeats: int,
             fill(key, value, p.cache, layout, workspace.inputs(query))
         else:
             workspace.prepare(query, p.cache)
-        decode(query, p.cache, p.block_table, p.kv_lens, out, workspace=workspace, filled=behind_fill, **how)
+        decode(query, p.cache, p.block_table, p.kv_lens, out, workspace=workspace, filled=behind_fill,
+               padded=behind_fill, **how)
         assert not workspace.counters.any(), 'counters are not as they were'
         return (out, )
 

@@ -35,7 +35,7 @@ def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: kvq
     fill(key, value, cache, layout, workspace.inputs(query))
     out = query.new_empty(*query.shape[:2], cache.v_head_dim)
     decode(query, cache, layout.block_table, layout.kv_lens, out, query_len=query_len, sm_scale=0.1,
-           workspace=workspace, filled=True, **features)
+           workspace=workspace, filled=True, padded=True, **features)
 
 
 def one_token(cache: kvq.PagedCache, sequences: int, group: int) -> tuple[torch.Tensor, ...]:

@@ -83,16 +83,23 @@ def test_decoding_of_tokens_written_before(fmt, device):
 
 @FORMATS
 def test_graph_padding_rows(fmt, device):
-    """CUDA graphs pad a batch with rows of length query_len on page 0: finite, and no other page is touched."""
-    p, query, key, value = engine_problem(fmt, [40, 1, 1], [1, 1, 1], device)
-    p.block_table[1:] = 0
-    used = p.block_table[0, :3].tolist()
+    """What LMDeploy's CUDA graphs pad a batch with: no bit of other rows changes, and no page but 0 is touched."""
+    from lmdeploy.pytorch.kernels.cuda.step_metadata.fill_graph_common_inputs import fill_graph_common_inputs
+    lens, most = [40, 300, 2, 65, 90], 8
+    p, query, key, value = engine_problem(fmt, lens, [1] * len(lens), device)
+    meta = metadata(p, [1] * len(lens), True)
+    plain = layer().forward(query, key, value, p.cache.k_codes, p.cache.v_codes, meta, **scales(p))
     before = p.pool.clone()
-    meta = metadata(p, [1, 1, 1], True)
-    out = layer().forward(query, key, value, p.cache.k_codes, p.cache.v_codes, meta, **scales(p))
-    assert finite(out)
-    changed = (p.pool != before).any(1).nonzero().flatten().tolist()
-    assert set(changed) == {0, used[2]}
+    numbers = torch.zeros(1, len(lens), dtype=torch.int64, device=device)
+    table = p.block_table.new_full((most, p.block_table.size(1)), -1)
+    qkv_lens, sums = (numbers.new_zeros(rows, most + more, dtype=torch.int32) for rows, more in ((3, 0), (2, 1)))
+    fill_graph_common_inputs(numbers, numbers, p.block_table, meta.q_start_loc, meta.q_seqlens, meta.kv_seqlens,
+                             *numbers.new_zeros(2, 1, most), table, qkv_lens, sums, 1)
+    meta.block_offsets, (meta.q_start_loc, meta.q_seqlens, meta.kv_seqlens) = table, qkv_lens
+    rows = [torch.cat([x, torch.randn_like(x[:most - len(lens)])]) for x in (query, key, value)]
+    out = layer().forward(*rows, p.cache.k_codes, p.cache.v_codes, meta, **scales(p))
+    assert torch.equal(out[:len(lens)], plain) and not out[len(lens):].any()
+    assert (p.pool != before).any(1).nonzero().flatten().tolist() == [0]
 
 
 @pytest.mark.parametrize('policy', [0, 4, 8, 42])

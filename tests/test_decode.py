@@ -262,10 +262,12 @@ def test_the_division_of_work_changes_nothing_but_rounding(fmt, division, device
         assert not workspace.counters.any()  # as they were
 
 
+@pytest.mark.parametrize('new', [0, 2])
 @pytest.mark.parametrize('programs', [None, 3, 7])
 @FORMATS
-def test_padding_changes_no_bit(fmt, programs, device):
-    """CUDA graphs pad a batch with empty sequences: what the others read is summed in the same order."""
+def test_padding_changes_no_bit(fmt, programs, new, device):
+    """Empty sequences, or those with which LMDeploy pads the batch of a CUDA graph, only new tokens in page 0: what the
+    others read is summed in the same order."""
     lens = [300, 65, 1, 130, 500, 64]
     p = problem(fmt, lens, device=device)
     query = queries(p, 2, 4)
@@ -274,12 +276,28 @@ def test_padding_changes_no_bit(fmt, programs, device):
     decode(query, p.cache, p.block_table, p.kv_lens, plain, query_len=2, sm_scale=0.125, config=config)
     for size in (8, 40)[:1 if programs is None else 2]:  # launch parameters may change at a power of two
         more = size - len(lens)
-        table, kv_lens = (torch.cat([part, part.new_zeros(more, *part.shape[1:])])
-                          for part in (p.block_table, p.kv_lens))
+        table = torch.cat([p.block_table, p.block_table.new_zeros(more, p.block_table.size(1))])
+        kv_lens = torch.cat([p.kv_lens, p.kv_lens.new_full((more, ), new)])
         padded = torch.cat([query, query.new_zeros(2 * more, *query.shape[1:])])
         out = torch.full_like(padded, float('nan'))
-        decode(padded, p.cache, table, kv_lens, out, query_len=2, sm_scale=0.125, config=config)
+        decode(padded, p.cache, table, kv_lens, out, query_len=2, sm_scale=0.125, padded=new > 0, config=config)
         assert torch.equal(out[:len(plain)], plain) and not out[len(plain):].any()
+
+
+@FORMATS
+def test_only_padding_is_padding(fmt, device):
+    """Sequences of nothing but new tokens in other pages, and longer ones in page 0, are read; all are unless asked."""
+    p = problem(fmt, [2, 3, 2], device=device)
+    p.block_table[1:, 0] = 0
+    reference.reshape_and_cache(p.key[2:5], p.value[2:5], p.cache, torch.arange(3, device=device))
+    query = queries(p, 2, 4)
+    expected = oracle(query, p, 2)
+    for padded in (False, True):
+        out = torch.full_like(query, float('nan'))
+        decode(query, p.cache, p.block_table, p.kv_lens, out, query_len=2, sm_scale=query.size(-1)**-0.5,
+               padded=padded)
+        read = 4 if padded else 6
+        assert frobenius(out[:read], expected[:read]) <= BOUND and not out[read:].any()
 
 
 @EVERY

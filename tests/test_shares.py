@@ -27,7 +27,7 @@ def _shares(lens_ptr, out_ptr, batch, target, each, most, BATCH: tl.constexpr, P
     """Of one program: sequence, unit, count, all, programs, who it thinks begins with its first unit, and the shift."""
     pid = tl.program_id(0)
     seq, skip, count, total, programs, shift = program_share(
-        pid, lens_ptr, batch, target, each, most, 1, -1, 128, BATCH, PIECES)
+        pid, lens_ptr, lens_ptr, 0, batch, target, each, most, 1, -1, 128, BATCH, False, PIECES)
     begin = first_tile(pid + 1, total, programs) - count
     tl.store(out_ptr + pid * 7, seq)
     tl.store(out_ptr + pid * 7 + 1, skip)

@@ -52,7 +52,8 @@ def forward(original: Callable[..., torch.Tensor], impl: Any, query: torch.Tenso
         fill(key, value, cache, layout, workspace.inputs(query))
         return decode(query, cache, attn_metadata.block_offsets, attn_metadata.kv_seqlens, out, query_len=query_len,
                       sm_scale=impl.scale, window=window_of(impl), softcap=_softcap(impl), sinks=learnable_sink,
-                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, workspace=workspace, filled=True)
+                      alibi_slopes=impl.alibi_slopes if impl.alibi else None, workspace=workspace, filled=True,
+                      padded=True)
     if key is not None and value is not None:
         fill(key, value, cache, layout)
     return prefill(impl, query, key, value, cache, attn_metadata, learnable_sink)

@@ -24,7 +24,7 @@ from .codecs import decoding
 from .combine import FAN, STATISTICS, combine_partials, finish, repeat_columns, store_partial
 from .launch import batch_block, check_device, compute_capability, dependent_launch
 from .rotation import join_parts, normalize_columns, operand, split_parts
-from .tiles import first_tile, program_of, program_share, tile_pages, visible_tiles
+from .tiles import first_tile, program_of, program_share, tile_pages, tokens_of, visible_tiles
 from .workspace import DecodeConfig, Workspace
 
 if TYPE_CHECKING:
@@ -97,13 +97,12 @@ def _decode_kernel(
         GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
         PARTV: tl.constexpr, PARTS: tl.constexpr, PARTSV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        PAGE: tl.constexpr, BATCH: tl.constexpr, DECODE: tl.constexpr, PAIRSV: tl.constexpr, FINITEV: tl.constexpr,
-        BITS: tl.constexpr, BITSV: tl.constexpr, GAIN: tl.constexpr, GAINV: tl.constexpr, OFFSET: tl.constexpr,
-        OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr, PER_TOKENV: tl.constexpr,
-        WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
-        PREPARED: tl.constexpr, HADAMARDV: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
-        AT_ONCE: tl.constexpr, PIECES: tl.constexpr, CAP: tl.constexpr):
+        BLOCK_N: tl.constexpr, PAGE: tl.constexpr, BATCH: tl.constexpr, PADDED: tl.constexpr, DECODE: tl.constexpr,
+        PAIRSV: tl.constexpr, FINITEV: tl.constexpr, BITS: tl.constexpr, BITSV: tl.constexpr, GAIN: tl.constexpr,
+        GAINV: tl.constexpr, OFFSET: tl.constexpr, OFFSETV: tl.constexpr, QMAXV: tl.constexpr, PER_TOKEN: tl.constexpr,
+        PER_TOKENV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PDL: tl.constexpr,
+        WAIT: tl.constexpr, PREPARED: tl.constexpr, HADAMARDV: tl.constexpr, WARPS: tl.constexpr,
+        COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, PIECES: tl.constexpr, CAP: tl.constexpr):
     """One program: an equal share of the batch's tiles, for one KV head and BLOCK_M of its GROUP x QUERY_LEN rows.
 
     The share may begin and end inside sequences and pass through whole ones; each sequence it touches is a segment.
@@ -117,14 +116,15 @@ def _decode_kernel(
     pid = tl.program_id(1) - lead
     pid = tl.where(pid < 0, pid + target, pid)  # the first to start are the last to get work
     seq, skip, remaining, total, programs, shift = program_share(
-        pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN, WINDOW, BLOCK_N, BATCH, PIECES)
+        pid, kv_lens_ptr, table_ptr, stride_table, batch, target, each, most, QUERY_LEN, WINDOW, BLOCK_N, BATCH, PADDED,
+        PIECES)
     row = (tl.program_id(0) % ROW_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < ROWS
     head = kv_head * GROUP + row % GROUP
     if BATCH > 1:
-        # Rows of empty sequences are zeros. The last programs, which have least to do, write them.
+        # Rows of sequences without a tile are zeros. The last programs, which have least to do, write them.
         for empty in range(target - 1 - pid, batch, target):
-            if tl.load(kv_lens_ptr + empty) == 0:
+            if tokens_of(empty, kv_lens_ptr, table_ptr, stride_table, empty < batch, QUERY_LEN, PADDED) == 0:
                 if PDL:
                     tl.extra.cuda.gdc_wait()
                 dim = tl.arange(0, BLOCK_DV)
@@ -239,7 +239,7 @@ def _decode_kernel(
 def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv_lens: torch.Tensor, out: torch.Tensor,
            *, query_len: int, sm_scale: float, window: int | None = None, softcap: float | None = None,
            sinks: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None,
-           workspace: Workspace | None = None, filled: bool = False,
+           workspace: Workspace | None = None, filled: bool = False, padded: bool = False,
            config: DecodeConfig | None = None) -> torch.Tensor:
     """Launch paged attention; arguments as in :func:`lmdeploy_kvq.paged_attention`, ``out`` [tokens, heads, v_dim].
 
@@ -249,6 +249,8 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         workspace: what :func:`~lmdeploy_kvq.kernels.fill.fill` has prepared; None: it is allocated and prepared here.
         filled: ``fill`` is the kernel before this one in the stream, and query, lengths and block table were ready
             before it began (``fill`` waits for all before it): the work is divided while what that one writes arrives.
+        padded: sequences of ``query_len`` tokens in page 0 only pad the batch, as LMDeploy's do in a CUDA graph: their
+            rows become zeros, and all others have the bits that they have without them.
 
     Raises:
         ValueError: shapes, strides or limits (query_len 1..16, group 1..64, batch 1..1024) violated, or a workspace of
@@ -272,8 +274,8 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         alibi_slopes, kv_lens, block_table, batch, workspace.target, *workspace.division, sm_scale, *query.stride()[:2],
         *out.stride()[:2], block_table.stride(0), v_stride, *cache.strides(), **cache.sizes(),
         PAIRS=max(cache.sizes()['BLOCK_PV'] // 2, 16), GROUP=heads // kv_heads, QUERY_LEN=query_len,
-        BLOCK_M=workspace.block_m, BLOCK_N=config.block_n,
-        BATCH=batch_block(batch), **decoding(fmt, cap, pairs=True), QMAXV=fmt.value.codec.qmax,
+        BLOCK_M=workspace.block_m, BLOCK_N=config.block_n, BATCH=batch_block(batch), PADDED=padded and batch > 1,
+        **decoding(fmt, cap, pairs=True), QMAXV=fmt.value.codec.qmax,
         WINDOW=-1 if window is None else window, SOFTCAP=0.0 if softcap is None else softcap,
         ALIBI=alibi_slopes is not None, WAIT=wait.value, PREPARED=workspace.rotated is not None,
         WARPS=config.warps,

@@ -50,6 +50,20 @@ def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N
 
 
 @triton.jit
+def tokens_of(seq, kv_lens_ptr, table_ptr, stride_table, mask, QUERY_LEN: tl.constexpr, PADDED: tl.constexpr):
+    """Lengths of sequences ``seq``, 0 where ``mask`` is not set.
+
+    With PADDED also 0 for those that only pad the batch of a CUDA graph, as LMDeploy does: nothing but QUERY_LEN new
+    tokens, in page 0, which its allocator gives to nobody.
+    """
+    lens = tl.load(kv_lens_ptr + seq, mask=mask, other=0).to(tl.int32)
+    if PADDED:
+        page = tl.load(table_ptr + tl.cast(seq, tl.int64) * stride_table, mask=mask & (lens == QUERY_LEN), other=1)
+        lens = tl.where(page == 0, 0, lens)
+    return lens
+
+
+@triton.jit
 def first_tile(pid, total, programs):
     """The first of ``total`` tiles that program ``pid`` of ``programs`` takes; the inverse of :func:`program_of`.
 
@@ -113,22 +127,24 @@ def _row_units(row_total, shift):
 
 
 @triton.jit
-def program_share(pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BATCH: tl.constexpr, PIECES: tl.constexpr):
+def program_share(pid, kv_lens_ptr, table_ptr, stride_table, batch, target, each, most, QUERY_LEN: tl.constexpr,
+                  WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BATCH: tl.constexpr, PADDED: tl.constexpr,
+                  PIECES: tl.constexpr):
     """An equal share of a ragged batch's tiles for each of ``target`` programs or fewer, wherever sequences begin.
 
     Every program derives the same plan from the lengths on the device (CUDA graphs freeze the grid, not the lengths).
     This is the partition of stream-K matrix products (Osama et al., 2023, arXiv:2301.03598), with fewer programs where
     shares are small: one or two on each multiprocessor, and of those as many as leave few results of a sequence, or
     divide sequences of about one length evenly, or take them whole. docs/performance.md has the measurements behind
-    the limits. Empty sequences have no tiles and do not count: CUDA graphs pad a batch with them, which must not change
-    how the others are divided, for that is what decides their last bits.
+    the limits. Sequences that only pad a batch for its CUDA graph (:func:`tokens_of`) have no tiles and do not count:
+    they must not change how the others are divided, for that is what decides their last bits.
 
     Lengths come in rows of 32, so that a warp has all of them and no sum needs a barrier.
 
     Args:
         pid: index of this program among ``target``.
         kv_lens_ptr: [batch] lengths, less than 2^23 tiles in 32 of them (in BATCH / 8 where that is more).
+        table_ptr, stride_table: the block table, which is read with PADDED only.
         batch: sequences; ``BATCH`` is a power of two, as many or more.
         each: of ``target``, how many make four warps on each multiprocessor.
         most: tiles beyond which bandwidth is what counts, and all programs work.
@@ -145,7 +161,7 @@ def program_share(pid, kv_lens_ptr, batch, target, each, most, QUERY_LEN: tl.con
     total, sequences = batch * 0, batch * 0
     largest = tl.zeros([ROW], tl.int32)
     for start in tl.static_range(0, BATCH, ROW):
-        lens = tl.load(kv_lens_ptr + start + lane, mask=start + lane < batch, other=0).to(tl.int32)
+        lens = tokens_of(start + lane, kv_lens_ptr, table_ptr, stride_table, start + lane < batch, QUERY_LEN, PADDED)
         first, last = visible_tiles(lens, QUERY_LEN, WINDOW, BLOCK_N, BATCH)
         tiles = last - first
         rows += (tiles, )
