@@ -110,6 +110,7 @@ def fill_random(write, pool_blocks: int, page: int, kv_heads: int, dim: int) -> 
 
 class Ours:
     """Our kernels on one format."""
+    padded = True  # as the engine calls them: what pads a batch does not count
 
     def __init__(self, name: str, load: Load, page: int, kv_heads: int, dim: int, config: dict):
         self.format = kvq.get_format(name)
@@ -135,7 +136,7 @@ class Ours:
         # As the engine calls it, after the fill.
         return decode(query, self.cache, table, lens, torch.empty_like(query), query_len=query_len,
                       sm_scale=query.size(-1)**-0.5, workspace=self.workspace(query, table, lens, query_len),
-                      filled=True, padded=True)
+                      filled=True, padded=self.padded)
 
     def error(self, query, table, lens, query_len) -> float:
         ours = self(query, table, lens, query_len)[:4 * query_len].double()
@@ -329,11 +330,14 @@ def main() -> None:
                         help=f'{", ".join(KNOWN)}, several with commas, or all that targets are about')
     parser.add_argument('--jobs', type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)),
                         help='processes that compile first, 0: none')
+    parser.add_argument('--padding-counts', action='store_true',
+                        help='attend to the sequences, too, that pad a batch: what it would cost')
     parser.add_argument('--append', action='store_true', help="keep the file's rows that are not measured anew")
     parser.add_argument('--name', default='decode', help='result file name')
     parser.add_argument('--out', type=Path, default=None, help='folder of the result file')
     args = parser.parse_args()
     torch.manual_seed(0)
+    Ours.padded = not args.padding_counts
     if args.preset:
         names = list(PRESETS) if args.preset == 'all' else args.preset.split(',')
         if unknown := set(names) - set(KNOWN):
