@@ -14,13 +14,17 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 
 
 def evidence(folder: Path = RESULTS) -> list[dict]:
-    """Tests that ran, each with ``gpu`` (the GPU's name, empty on a CPU) and ``commit``."""
+    """Tests that ran and the last run under load, each with ``gpu`` (its name, empty on a CPU) and ``commit``."""
     tests = []
     for path in sorted(folder.glob('compatibility_*.json')):
         data = json.loads(path.read_text(encoding='utf-8'))
         env = data['environment']
         gpu = env['gpu'] if int(env['gpus']) else ''
         tests += [{'commit': env['commit'], **row, 'gpu': gpu} for row in data['rows'] if row['outcome'] != 'skipped']
+    if (folder / 'soak.json').exists():
+        data = json.loads((folder / 'soak.json').read_text(encoding='utf-8'))
+        tests.append({'test': 'scripts/soak.py', 'covers': ['load.soak'], 'gpu': data['environment']['gpu'],
+                      'outcome': 'failed' if data['failed'] else 'passed', 'commit': data['environment']['commit']})
     return tests
 
 

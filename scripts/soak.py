@@ -118,19 +118,24 @@ def ask_again(url: str, prompts: Sequence[Prompt], first: Sequence[Answer], answ
     """The answers farthest from their references, and what the server says of them after the load, without company.
 
     ``again``: the gap of the prompt's answer; what is damaged in the cache stays, what the load did not. ``rescored``:
-    how much less likely than the likeliest the token is that left the reference, asked for twice, behind the tokens
-    that the answer has before it; the second time, all but the newest block comes from the prefix cache.
+    what :func:`rescore` says, asked twice; the second time, all but the newest block comes from the prefix cache.
     """
     found = farthest(answers, dict(enumerate(first)))
     repeated = asyncio.run(references(url, [prompts[row['prompt']] for row in found]))
-    behind = [Prompt(prompts[row['prompt']].ids + tuple(first[row['prompt']].ids[:row['at']]), 1) for row in found]
-    rescored = asyncio.run(references(url, [prompt for prompt in behind for _ in range(2)]))
-    for i, (row, answer) in enumerate(zip(found, repeated)):
+    for row, answer, *twice in zip(found, repeated, *(rescore(url, prompts, found) for _ in range(2))):
         row['prompt_tokens'] = len(prompts[row['prompt']].ids)
         row['again'] = None if answer.error else score(answer, first[row['prompt']]).gap
-        wanted = Answer(Request(0), ids=[row['token']], logprobs=[0.0])
-        row['rescored'] = [None if one.error else score(wanted, one).gap for one in rescored[2 * i:2 * i + 2]]
+        row['rescored'] = twice
     return found
+
+
+def rescore(url: str, prompts: Sequence[Prompt], rows: Sequence[dict]) -> list[float | None]:
+    """How much less likely than the likeliest the server finds the token with which each answer left its reference,
+    behind the tokens before it, read in one prefill. Where a page of the prefix cache is damaged, this is another
+    number once the page is gone."""
+    behind = [Prompt(prompts[row['prompt']].ids + tuple(row['answer'][:row['at']]), 1) for row in rows]
+    return [None if one.error else score(Answer(Request(0), ids=[row['token']], logprobs=[0.0]), one).gap
+            for row, one in zip(rows, asyncio.run(references(url, behind)))]
 
 
 def meet(barrier: Barrier | None) -> None:
@@ -176,7 +181,9 @@ def run_format(policy: str, settings: Settings, barrier: Barrier | None) -> tupl
         row['farthest'] = ask_again(server.url, prompts, first, early + answers)
         row['blocks_in_use'] = blocks_in_use(server.url, blocks)
         spare = SPARES[0] if row['spare_blocks'] is None else row['spare_blocks']
-        row['whole_cache_after'] = whole_cache(server.url, blocks - spare, prompts)
+        row['whole_cache_after'] = whole_cache(server.url, blocks - spare, prompts)  # nothing of before is cached then
+        for far, gap in zip(row['farthest'], rescore(server.url, prompts, row['farthest'])):
+            far['rescored_afresh'] = gap
         row |= {'memory_end_mib': gpu_memory.used_mib(pid)[0], 'memory_growth_mib': growth(memory.rows)}
     return row, first, early + answers
 

@@ -97,14 +97,15 @@ def deviation(answers: Sequence[Answer], references: Mapping[int, Answer]) -> De
 def farthest(answers: Sequence[Answer], references: Mapping[int, Answer], count: int = 5) -> list[dict]:
     """The answers with the largest gaps, and what tells a damaged page from noise: where each left its reference, with
     which token (``kept``: one of the likeliest that the reference kept, else its gap is a lower bound), how likely it
-    found that itself, and how its client behaved."""
+    found that itself, how its client behaved, and the tokens of both."""
     found = [pair for pair in _scored(answers, references) if pair[0].same < pair[0].tokens]
     found.sort(key=lambda pair: -pair[0].gap)
     return [{'prompt': answer.request.prompt, 'at': scored.same, 'gap': scored.gap, 'token': answer.ids[scored.same],
              'kept': answer.ids[scored.same] in {token for _, token in
                                                  references[answer.request.prompt].top[scored.same]},
              'logprob': answer.logprobs[scored.same] if scored.same < len(answer.logprobs) else None,
-             'stream': answer.request.stream, 'aborted': answer.aborted, 'started': answer.started}
+             'stream': answer.request.stream, 'aborted': answer.aborted, 'started': answer.started,
+             'answer': answer.ids, 'reference': references[answer.request.prompt].ids}
             for scored, answer in found[:count]]
 
 

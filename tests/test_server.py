@@ -174,6 +174,8 @@ def test_what_left_its_reference_is_asked_about(url, small_model):  # noqa: F811
     row, = soak.ask_again(url, prompts, first, [*first, changed])
     assert (row['prompt'], row['at'], row['token'], row['kept'], row['again']) == (number, 2, wrong, False, 0)
     assert row['rescored'] == pytest.approx([row['gap']] * 2, abs=1e-3) and row['gap'] > 0
+    assert soak.rescore(url, prompts, [row]) == pytest.approx([row['gap']], abs=1e-3)
+    assert (row['answer'], row['reference']) == (changed.ids, first[number].ids)
     assert row['prompt_tokens'] == len(prompts[number].ids)
 
 
