@@ -3,12 +3,13 @@
 
   scripts/history_effect.py [--hits N] [--out FOLDER]
 
-A prompt attends to its own tokens unquantized, and to what was cached before as it is stored. So the same text has other
-keys and values after a hit of another length, and what comes next is more or less likely. Here transformers, in fp32,
-reads prompts of scripts/soak.py that way, and then texts token by token from the quantized cache, for answers that
-soak.json found far from their references: ``gap`` is how far, in nats, the token with which an answer left its reference
-is from the likeliest one, behind the same text. ``history`` is ``alone`` (no hit), ``hit N`` tokens, or ``exact``: all
-is read at once and unquantized, as after a preemption. Writes history_effect.json; on two cores ten minutes.
+A prompt attends to its own tokens unquantized, and to what was cached before as it is stored. So the same text has
+other keys and values after a hit of another length, and what comes next is more or less likely. Here transformers, in
+fp32, reads prompts of scripts/soak.py that way, and then texts token by token from the quantized cache, for answers
+that soak.json found far from their references: ``gap`` is how far, in nats, the token with which an answer left its
+reference is from the likeliest one, behind the same text. ``history`` is ``alone`` (no hit), ``hit N`` tokens, or
+``exact``: all is read at once and unquantized, as after a preemption. Writes history_effect.json; on two cores ten
+minutes.
 """
 from __future__ import annotations
 
@@ -49,14 +50,14 @@ class Case:
 CASES = (Case(80, 'int4_per_token_head', '_', 24), Case(5, 'fp8_per_token_head', '[', 2),
          # 93 tokens each, of the many that a copy of the prompt with other line breaks may have
          Case(85, 'fp8_per_token_head', ' nobody', _COPY.format('\n', '\nThere ', ' first\n')),
-         Case(85, 'fp8_per_token_head', ' nobody', _COPY.format('\n\n', ' There\n', '\nfirst ')))
+         Case(85, 'fp8_per_token_head', ' nobody', _COPY.format('\n\n', ' There ', '\nfirst ')))
 
 
 def histories(model: Any, ids: list[int], name: str, hits: int) -> Iterator[tuple[str, torch.Tensor, QuantizedCache]]:
     """A prompt read after hits of various lengths: what it was, the last logits, and the cache that it leaves."""
+    from transformers import DynamicCache
     step = max(len(ids) // BLOCK // (hits + 1), 1) * BLOCK
     for hit in range(0, len(ids), step):
-        from transformers import DynamicCache
         stored, read = QuantizedCache(name), DynamicCache()
         if hit:
             model(torch.tensor([ids[:hit]]), past_key_values=read, logits_to_keep=1)
