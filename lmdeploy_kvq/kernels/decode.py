@@ -249,8 +249,8 @@ def decode(query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, kv
         workspace: what :func:`~lmdeploy_kvq.kernels.fill.fill` has prepared; None: it is allocated and prepared here.
         filled: ``fill`` is the kernel before this one in the stream, and query, lengths and block table were ready
             before it began (``fill`` waits for all before it): the work is divided while what that one writes arrives.
-        padded: sequences of ``query_len`` tokens in page 0 only pad the batch, as LMDeploy's do in a CUDA graph: their
-            rows become zeros, and all others have the bits that they have without them.
+        padded: sequences of ``query_len`` tokens in page 0, the last of the batch, only pad it, as LMDeploy's do in a
+            CUDA graph: their rows become zeros, and all others have the bits that they have without them.
 
     Raises:
         ValueError: shapes, strides or limits (query_len 1..16, group 1..64, batch 1..1024) violated, or a workspace of

@@ -53,8 +53,8 @@ def visible_tiles(kv_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N
 def tokens_of(seq, kv_lens_ptr, table_ptr, stride_table, mask, QUERY_LEN: tl.constexpr, PADDED: tl.constexpr):
     """Lengths of sequences ``seq``, 0 where ``mask`` is not set.
 
-    With PADDED also 0 for those that only pad the batch of a CUDA graph, as LMDeploy does: nothing but QUERY_LEN new
-    tokens, in page 0, which its allocator gives to nobody.
+    With PADDED also 0 for those that only pad the batch of a CUDA graph, as LMDeploy's do behind all others: nothing
+    but QUERY_LEN new tokens, in page 0, which its allocator gives to nobody.
     """
     lens = tl.load(kv_lens_ptr + seq, mask=mask, other=0).to(tl.int32)
     if PADDED:
