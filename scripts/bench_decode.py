@@ -66,16 +66,20 @@ class Load:
         if spec.startswith('ragged:'):
             generator = torch.Generator().manual_seed(1)
             return (2**(torch.rand(int(spec[7:]), generator=generator) * 11 + 4)).long()
-        full, _, padding = spec.partition('+')
-        batch, tokens = map(int, full.split('x'))
-        return torch.tensor([tokens] * batch + [1] * int(padding or 0))
+        batch, tokens = map(int, spec.partition('+')[0].split('x'))
+        return torch.tensor([tokens] * batch + [1] * Load.padding(spec))
+
+    @staticmethod
+    def padding(spec: str) -> int:
+        """How many sequences, the last ones, only pad the batch."""
+        return int(spec.partition('+')[2] or 0)
 
     @classmethod
     def build(cls, spec: str, page: int, bytes_per_token: int, pool_blocks: int = 0, device: str = 'cuda') -> Load:
         """Tables of random pages; the pool has ``pool_blocks`` or as many pages as the load needs."""
         lens = cls.lengths(spec)
         blocks = (lens + page - 1) // page
-        blocks[len(lens) - int(spec.partition('+')[2] or 0):] = 0
+        blocks[len(lens) - cls.padding(spec):] = 0
         used, width = int(blocks.sum()), int(blocks.max())
         copies = rotations(int(lens.sum()) * bytes_per_token)
         pool = max(used * copies + 1, pool_blocks)

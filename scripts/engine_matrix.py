@@ -68,7 +68,8 @@ def run(model: str, jobs: int, new_tokens: int = 32) -> list[dict]:
         ids = results[name, 'cache eager']['prompt_ids']
         found = judge(model, policies[name], {**ENGINE, 'eager_mode': True},
                       {key: list(zip(ids, tokens)) for key, tokens in rounds.items()}
-                      | {size: list(zip(ids, rounds['cache eager', 0][:size])) for size in BATCHES})
+                      | {size: list(zip(ids, rounds['cache eager', 0][:size])) for size in BATCHES[:-1]})
+        found[BATCHES[-1]] = found['cache eager', 0]
         return {(way, number): {**found[way, number], **{f'plain_{key}': found[len(tokens)][key]
                                                         for key in ('worst_gap', 'likeliest')}}
                 for (way, number), tokens in rounds.items()}

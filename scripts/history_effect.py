@@ -24,6 +24,8 @@ import torch
 from benchlib import print_table, write_results
 from smollm2 import chosen_model
 
+from lmdeploy_kvq.accuracy import gaps
+from lmdeploy_kvq.evaluation.through_transformers import prepare
 from lmdeploy_kvq.hf_cache import QuantizedCache
 
 BLOCK = 64
@@ -60,15 +62,22 @@ def histories(model: Any, ids: list[int], name: str, hits: int) -> Iterator[tupl
     for hit in range(0, len(ids), step):
         stored, read = QuantizedCache(name), DynamicCache()
         if hit:
-            model(torch.tensor([ids[:hit]]), past_key_values=read, logits_to_keep=1)
+            _last(model, ids[:hit], read)
             _store(stored, read, 0)
             read = DynamicCache()
             for number, layer in enumerate(stored.layers):
-                nothing = torch.empty(1, model.config.num_key_value_heads, 0, model.config.head_dim)
+                nothing = torch.empty(1, model.config.num_key_value_heads, 0, model.config.head_dim,
+                                      device=model.device)
                 read.update(*layer.update(nothing, nothing), number)
-        logits = model(torch.tensor([ids[hit:]]), past_key_values=read, logits_to_keep=1).logits[0, -1]
+        logits = _last(model, ids[hit:], read)
         _store(stored, read, hit)
         yield f'hit {hit}' if hit else 'alone', logits, stored
+
+
+def _last(model: Any, ids: list[int], cache: Any = None) -> torch.Tensor:
+    """What follows ``ids``, behind what the cache holds: logits [vocabulary]."""
+    read = torch.tensor([ids], device=model.device)
+    return model(read, past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
 
 def _store(stored: QuantizedCache, read: Any, start: int) -> None:
@@ -85,19 +94,18 @@ def measure(model: Any, tokenizer: Any, ids: list[int], case: Case, hits: int) -
     rows = []
 
     def row(history: str, logits: torch.Tensor) -> dict:
-        found = logits.log_softmax(-1)
         return {'prompt': case.prompt, 'format': case.format, 'token': case.token, 'at': len(text), 'history': history,
-                'logprob': float(found[watched]), 'gap': float(found.max() - found[watched]),
-                'likeliest': tokenizer.decode([int(found.argmax())]), 'text': tokenizer.decode(text)}
+                'logprob': float(logits.log_softmax(-1)[watched]), 'gap': float(gaps(logits[None], [watched])),
+                'likeliest': tokenizer.decode([int(logits.argmax())]), 'text': tokenizer.decode(text)}
 
     for history, logits, cache in histories(model, ids, case.format, hits):
         for number in range(len(text) or int(case.text)):
             if number == len(text):  # alone comes first
                 text.append(int(logits.argmax()))
-            logits = model(torch.tensor([[text[number]]]), past_key_values=cache).logits[0, -1]
+            logits = _last(model, [text[number]], cache)
         rows.append(row(history, logits))
         print(rows[-1], flush=True)
-    return [*rows, row('exact', model(torch.tensor([ids + text]), logits_to_keep=1).logits[0, -1])]
+    return [*rows, row('exact', _last(model, ids + text))]
 
 
 def main() -> None:
@@ -105,10 +113,10 @@ def main() -> None:
     parser.add_argument('--hits', type=int, default=2, help='how many lengths of a hit, or more')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     folder = chosen_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = prepare(str(folder))
     prompts = soak.all_prompts(soak.parse(['--model', str(folder)])[2])
     rows = [row for case in CASES for row in measure(model, tokenizer, list(prompts[case.prompt].ids), case, args.hits)]
     print_table(rows, ['prompt', 'format', 'at', 'token', 'history', 'gap', 'logprob', 'likeliest'])

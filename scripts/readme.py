@@ -243,7 +243,7 @@ def batch_texts() -> str:
     def said(name: str, key: str, form: str) -> str:
         found = [rows[name, way, number] for way, number in (('cache eager', 0), ('cache eager', 1),
                                                              ('cache prefix', 1), ('cache chunked', 0))]
-        return ' / '.join(format(row[key], form) if key in row else '' for row in found)
+        return ' / '.join(format(row[key], form) for row in found)
 
     lines = [['bf16' if name == 'none' else _cache(name), share(name, 'graph', 1), share(name, 'cache prefix', 1),
               share(name, 'cache chunked', 0), said(name, 'likeliest', '.1%'), said(name, 'worst_gap', '.2f')]
