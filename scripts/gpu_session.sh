@@ -16,6 +16,7 @@
 #   engine    an 8B model end to end, and prefill: about eight minutes
 #   faults    killed engines, hostile requests, model folders side by side, then memory: about five minutes
 #   soak      three servers under load, side by side, for MINUTES (default 5.5), and four minutes more
+#   audit     decode steps repeated, every bit compared, and cached pages read again after a load: three minutes
 #   sanitize  every kernel under compute-sanitizer: up to ten minutes
 #   load      on two GPUs: soak on one, and every engine's test on the other, then on both, meanwhile
 #   two       on two GPUs: kernels, then bench on one and engine on the other, then engines on both: twelve minutes
@@ -85,6 +86,12 @@ for part in "$@"; do
     CUDA_VISIBLE_DEVICES=0 again soak &
     CUDA_VISIBLE_DEVICES=1 again ways tools matrix update
     again pairs
+    wait ;;
+  audit)
+    run 200 steps python3 scripts/repeat_steps.py --seconds 4 --out "$out" &
+    for format in none fp8_per_token_head int4_per_token_head; do
+      run 200 "audit_$format" python3 scripts/page_audit.py --format "$format" --out "$out" &
+    done
     wait ;;
   sanitize) run 590 sanitize python3 scripts/sanitize.py --log "$out" --out "$out" ;;
   two)

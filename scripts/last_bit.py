@@ -39,7 +39,8 @@ class Noise:
     def __call__(self, module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor | None:
         if not self.amount:
             return None
-        noise = torch.empty(out.shape).uniform_(-self.amount, self.amount, generator=self.generator)
+        noise = torch.empty(out.shape, device=self.generator.device)
+        noise.uniform_(-self.amount, self.amount, generator=self.generator)
         return out * (1 + noise.to(out.device))
 
 

@@ -9,7 +9,8 @@ there are, so that pages are evicted and used again. Every prompt is answered on
 then --concurrency clients send prompts in random order for --minutes, streamed or not, and hang up on some. Checked are
 every answer, against its reference by the limits that soak_checks.py states; errors; and that no block leaks: at the
 end no block belongs to a request, and a prompt that needs all but a few blocks is answered as before the load. The
-answers farthest from their references are in the file, with what their prompts say by themselves after the load.
+answers farthest from their references are in the file, with what their prompts say by themselves after the load, and
+those beyond the limit with what transformers makes of them (rounding.py).
 """
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ import re
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ import gpu_memory
 from benchlib import print_table, write_results
 from server import Server
 from smollm2 import HOME, find_or_convert
-from soak_checks import deviation, farthest, growth, judge, score, speed
+from soak_checks import MOST_RARE, Kind, deviation, explained, farthest, gap_limit, growth, judge, rare, score, speed
 from soak_load import Answer, Prompt, Request, ask_one, load, make_prompts, make_requests, references
 
 from lmdeploy_kvq import get_format
@@ -198,7 +199,21 @@ def attempt(policy: str, settings: Settings, barrier: Barrier | None) -> tuple[d
         return {'format': policy, 'error': f'{type(error).__name__}: {error}'}, [], []
 
 
-def verdict(results: Sequence[tuple[dict, list[Answer], list[Answer]]]) -> list[str]:
+def explain(settings: Settings, policy: str, kinds: Mapping[Kind, int], first: Sequence[Answer]) -> list[dict]:
+    """Rows of rounding.py, of answers too far from their references; none where those are too many kinds."""
+    if not kinds or len(kinds) > MOST_RARE:
+        return []
+    from rounding import Rounding  # the servers have ended: the GPU is free
+    rounding, prompts, rows = Rounding(settings.model), all_prompts(settings), []
+    for (prompt, text, token), count in kinds.items():
+        own, *others = (other for _, other in first[prompt].top[len(text)])
+        found = rounding.explain(policy, prompts[prompt].ids, text, token, others, prefill=settings.prefill)
+        rows.append({'prompt': prompt, 'at': len(text), 'token': token, 'own': own, 'answers': count, **found})
+        print(f'{policy}: {rows[-1]}', flush=True)
+    return rows
+
+
+def verdict(results: Sequence[tuple[dict, list[Answer], list[Answer]]], settings: Settings) -> list[str]:
     """Complete the rows, bf16's the first; the sentences of all that failed."""
     failed = [f'{row["format"]}: {row["error"]}' for row, _, _ in results if 'error' in row]
     base, base_references, base_answers = results[0]
@@ -216,7 +231,9 @@ def verdict(results: Sequence[tuple[dict, list[Answer], list[Answer]]]) -> list[
                 'gap_by_format': None if effect is None else effect.gap}
         for name in ('tokens_per_s', 'first_token_ms_p50', 'between_tokens_ms_p50', 'answer_ms_p50'):
             row[f'{name}_vs_bf16'] = row[name] / base[name] if row[name] and base[name] else None
-        failed += judge(row, floor, effect, own)
+        kinds = rare(answers, dict(enumerate(first)), gap_limit(floor, effect))
+        row['rare'] = explain(settings, row['format'], kinds, first)
+        failed += judge(row, floor, effect, own, explained(row['rare'], len(kinds)))
     return failed
 
 
@@ -257,10 +274,11 @@ def main() -> int:
             ProcessPoolExecutor(len(formats) if args.parallel else 1, mp_context=context) as pool:
         barrier = manager.Barrier(len(formats)) if args.parallel else None
         results = list(pool.map(attempt, formats, itertools.repeat(settings), itertools.repeat(barrier)))
-    failed = verdict(results)
+    failed = verdict(results, settings)
     rows = [row for row, _, _ in results]
-    print_table(rows, ['format', 'requests', 'aborted', 'errors', 'wrong_answers', 'equal_answers', 'equal_prefix',
-                       'change', 'limit', 'largest_gap', 'gap_limit', 'blocks_in_use', 'memory_growth_mib'])
+    print_table(rows, ['format', 'requests', 'aborted', 'errors', 'rare_answers', 'wrong_answers', 'equal_answers',
+                       'equal_prefix', 'change', 'limit', 'largest_gap', 'gap_limit', 'blocks_in_use',
+                       'memory_growth_mib'])
     print_table(rows, ['format', 'tokens_per_s', 'requests_per_s', 'first_token_ms_p50', 'first_token_ms_p99',
                        'between_tokens_ms_p50', 'between_tokens_ms_p99', 'answer_ms_p50', 'answer_ms_p99',
                        'memory_start_mib', 'memory_warm_mib', 'memory_end_mib', 'spare_blocks'])

@@ -9,7 +9,9 @@ the cache in that format changes of the model's predictions; this is measured in
   FLOOR_LIMIT, for a format at most bf16's plus MARGIN times what the format changes at low load.
 * at an answer's first difference the reference says how much less likely the token is than its own. Where that is more
   than GAP_LIMIT, and more than GAP_MARGIN times the largest gap that bf16 shows under load or the format at low load,
-  the answer is wrong: no rounding chose that token.
+  the answer is rare. A reference is one draw of many: one that is rounded otherwise may say something else. So a rare
+  answer is wrong unless rounding alone, drawn at random in an independent implementation (rounding.py), finds its token
+  within GAP_LIMIT of the likeliest one. More than MOST_RARE kinds of rare answers are not rare, and are all wrong.
 """
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ from soak_load import Answer
 MARGIN = 1.0
 FLOOR_LIMIT = 0.1  # nats
 GAP_LIMIT, GAP_MARGIN = 1.0, 2.0  # nats, factor
+MOST_RARE = 8
 GROWTH_LIMIT = 64.0  # MiB of device memory, between the halves of the load
 PERCENTILES = (50, 95, 99)
 
@@ -97,16 +100,26 @@ def deviation(answers: Sequence[Answer], references: Mapping[int, Answer]) -> De
 def farthest(answers: Sequence[Answer], references: Mapping[int, Answer], count: int = 5) -> list[dict]:
     """The answers with the largest gaps, and what tells a damaged page from noise: where each left its reference, with
     which token (``kept``: one of the likeliest that the reference kept, else its gap is a lower bound), how likely it
-    found that itself, how its client behaved, and the tokens of both."""
-    found = [pair for pair in _scored(answers, references) if pair[0].same < pair[0].tokens]
+    found that itself, how its client behaved, the tokens of both, and by how much log-probabilities changed before.
+    ``company``: of all answers with the same text up to there, the next token, its log-probability, and when."""
+    everything = _scored(answers, references)
+    found = [pair for pair in everything if pair[0].same < pair[0].tokens]
     found.sort(key=lambda pair: -pair[0].gap)
-    return [{'prompt': answer.request.prompt, 'at': scored.same, 'gap': scored.gap, 'token': answer.ids[scored.same],
-             'kept': answer.ids[scored.same] in {token for _, token in
-                                                 references[answer.request.prompt].top[scored.same]},
-             'logprob': answer.logprobs[scored.same] if scored.same < len(answer.logprobs) else None,
-             'stream': answer.request.stream, 'aborted': answer.aborted, 'started': answer.started,
-             'answer': answer.ids, 'reference': references[answer.request.prompt].ids}
-            for scored, answer in found[:count]]
+    rows = []
+    for scored, answer in found[:count]:
+        prompt, at, reference = answer.request.prompt, scored.same, references[answer.request.prompt]
+        rows.append({
+            'prompt': prompt, 'at': at, 'gap': scored.gap, 'token': answer.ids[at],
+            'kept': answer.ids[at] in {token for _, token in reference.top[at]},
+            'logprob': answer.logprobs[at] if at < len(answer.logprobs) else None,
+            'stream': answer.request.stream, 'aborted': answer.aborted, 'started': answer.started,
+            'answer': answer.ids, 'reference': reference.ids,
+            'changes': [a - b for a, b in zip(answer.logprobs[:at], reference.logprobs)],
+            'top': reference.top[at],
+            'company': [(other.ids[at], other.logprobs[at], other.started) for other_score, other in everything
+                        if other.request.prompt == prompt and other_score.same >= at
+                        and min(len(other.ids), len(other.logprobs)) > at]})
+    return rows
 
 
 def percentiles(values: Sequence[float], name: str, unit: float = 1e3) -> dict[str, float | None]:
@@ -138,17 +151,42 @@ def growth(samples: Sequence[tuple[float, float]]) -> float | None:
     return max(second) - max(first)
 
 
-def judge(row: dict, floor: Deviation, effect: Deviation | None, own: Deviation) -> list[str]:
-    """Add limits and the number of wrong answers to a format's row; the sentences of what it fails.
+def gap_limit(floor: Deviation, effect: Deviation | None) -> float:
+    """How far, in nats, an answer may be from its reference without being rare; arguments as :func:`judge`'s."""
+    return max(GAP_LIMIT, GAP_MARGIN * (0.0 if effect is None else max(floor.gap, effect.gap)))
+
+
+Kind = tuple[int, tuple[int, ...], int]
+"""A prompt, what was answered to it, and the next token."""
+
+
+def rare(answers: Sequence[Answer], references: Mapping[int, Answer], limit: float) -> dict[Kind, int]:
+    """Answers whose gap is above ``limit``: how many of each kind."""
+    found: dict[Kind, int] = {}
+    for scored, answer in _scored(answers, references):
+        if scored.gap > limit:
+            kind = answer.request.prompt, tuple(answer.ids[:scored.same]), answer.ids[scored.same]
+            found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def explained(rows: Sequence[Mapping], kinds: int) -> int:
+    """Answers that rounding explains, of ``kinds`` kinds of rare ones: ``rows`` have the number of ``answers`` of each,
+    and the ``smallest_gap`` that rounding found."""
+    return sum(row['answers'] for row in rows if row['smallest_gap'] <= GAP_LIMIT) if kinds <= MOST_RARE else 0
+
+
+def judge(row: dict, floor: Deviation, effect: Deviation | None, own: Deviation, known: int = 0) -> list[str]:
+    """Add limits and the number of rare and of wrong answers to a format's row; the sentences of what it fails.
 
     Args:
         floor: bf16's answers under load. effect: the format's references against bf16's; None for bf16 itself.
-        own: the format's answers under load against its references.
+        own: the format's answers under load against its references. known: rare ones that rounding explains.
     """
     row['limit'] = FLOOR_LIMIT if effect is None else floor.change + MARGIN * effect.change
-    seen = 0.0 if effect is None else max(floor.gap, effect.gap)
-    row['gap_limit'] = max(GAP_LIMIT, GAP_MARGIN * seen)
-    row['wrong_answers'] = sum(gap > row['gap_limit'] for gap in own.gaps)
+    row['gap_limit'] = gap_limit(floor, effect)
+    row['rare_answers'] = sum(gap > row['gap_limit'] for gap in own.gaps)
+    row['wrong_answers'] = row['rare_answers'] - known
     checks = {
         f'{row["errors"]} errors': row['errors'] == 0,
         f'{row["wrong_answers"]} answers no rounding explains, the largest gap is {own.gap:.2f} nats, the limit '

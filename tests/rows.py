@@ -74,6 +74,7 @@ ROWS = (
     Row('memory.growth', 'No growth of device memory over 10,000 requests'),
     Row('memory.graph_tables', 'Block tables of CUDA graphs bounded, or a warning with the flag that bounds them'),
     Row('load.soak', 'Mixed random load on the real server, every answer checked (scripts/soak.py)'),
+    Row('load.pages', 'Cached pages hold what their tokens say, after a load (scripts/page_audit.py)'),
     Row('fault.worker', 'A worker killed while it decodes; the server restarted'),
     Row('fault.scale_file', 'A truncated or corrupt scale file', needs_gpu=False),
     Row('fault.model_folder', 'A model folder with files missing', needs_gpu=False),

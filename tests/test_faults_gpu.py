@@ -281,6 +281,18 @@ def test_alone_a_mixed_load(tmp_path):
         assert row['aborted'] > 0 and row['whole_answers'] > 100 and row['errors'] == row['wrong_answers'] == 0
 
 
+@pytest.mark.covers('load.pages', 'feature.prefix', 'feature.eviction')
+@pytest.mark.parametrize('name', ['none', 'fp8_per_token_head', 'int4_per_token_head'])
+def test_pages_hold_what_their_tokens_say(name, tmp_path):
+    """Two rounds of scripts/page_audit.py: blocks that requests left in the prefix cache, all of them read again."""
+    found = script('page_audit.py', '--model', MODEL, '--format', name, '--rounds', '2', '--seconds', '15', timeout=240,
+                   out=tmp_path)
+    assert len(found['rows']) == 2
+    for row in found['rows']:
+        assert row['aborted'] > 10 and row['compared'] > 1000 and row['compared'] > 0.9 * row['blocks']
+        assert row['first_layer'] == row['left'] == 0 and row['median'] < 0.1 and row['p999'] < found['limit']
+
+
 @pytest.mark.covers('memory.growth')
 @pytest.mark.xdist_group('alone')
 def test_alone_memory_does_not_grow(tmp_path):

@@ -32,6 +32,7 @@ import gpu_memory  # noqa: E402
 import soak  # noqa: E402
 import soak_checks as checks  # noqa: E402
 import soak_load as load  # noqa: E402
+from rounding import Rounding  # noqa: E402
 from soak_load import Answer, Prompt, Request  # noqa: E402
 
 SESSION_LEN = 160
@@ -152,13 +153,13 @@ def test_a_whole_run(url, small_model, monkeypatch):  # noqa: F811
     monkeypatch.setattr(soak, 'blocks_in_use', functools.partial(soak.blocks_in_use, settle=0))
     _, _, settings = soak.parse(['--model', str(small_model), '--requests', '25', '--concurrency', '4'])
     results = [soak.attempt(name, settings, None) for name in ('none', 'fp8_per_token_head')]
-    failed = soak.verdict(results)
+    failed = soak.verdict(results, settings)
     rows = [row for row, _, _ in results]
     assert failed == [f'{row["format"]}: device memory grew by None MiB, the limit is 64' for row in rows]
     for row in rows:
         assert (row['requests'], row['unfinished'], row['errors'], row['wrong_answers']) == (25, 0, 0, 0)
         assert row['equal_answers'] == 1 and row['whole_cache_after'] and row['spare_blocks'] == 8
-        assert row['farthest'] == []
+        assert row['farthest'] == row['rare'] == []
     assert rows[1]['tokens_per_s_vs_bf16'] > 0 and rows[1]['change_by_format'] < 1e-5
     json.dumps(rows)
 
@@ -324,6 +325,42 @@ def test_verdicts(own, row, words):
     assert row['limit'] == pytest.approx(0.06) and row['gap_limit'] == pytest.approx(1.4)
 
 
+def test_rare_answers_are_wrong_unless_rounding_explains_them():
+    own, row = checks.Deviation(100, 0.7, 0.8, 0.01, (1.5, 1.45, 1.45, 0.2)), dict(ROW)
+    failed, = checks.judge(row, FLOOR, EFFECT, own, 2)
+    assert '1 answers no rounding explains' in failed and (row['rare_answers'], row['wrong_answers']) == (3, 1)
+    assert checks.judge(row, FLOOR, EFFECT, own, 3) == [] and (row['rare_answers'], row['wrong_answers']) == (3, 0)
+    rows = [{'answers': 2, 'smallest_gap': checks.GAP_LIMIT}, {'answers': 3, 'smallest_gap': checks.GAP_LIMIT + 0.01}]
+    assert checks.explained(rows, 2) == checks.explained(rows, checks.MOST_RARE) == 2
+    assert checks.explained(rows, checks.MOST_RARE + 1) == 0
+
+
+def test_rare_answers_by_kind():
+    answers = [answer([7, 8, 9], [-0.1, -0.2, -0.3]), answer([7, 5, 1], [-0.3, -0.6, -2.0]),
+               answer([7, 99], [-0.1, -9.0]), answer([7, 99, 3], [-0.1, -9.0, -1.0]), answer([7, 2], [-0.1, -3.0]),
+               answer([1], [-5.0], error='HTTP 500')]
+    assert checks.rare(answers, {0: REFERENCE}, 1.0) == {(0, (7, ), 99): 2, (0, (7, ), 2): 1}
+    assert checks.rare(answers, {0: REFERENCE}, 2.9) == {}
+
+
+def test_an_answer_that_nobody_would_give_is_not_explained(small_model, monkeypatch):  # noqa: F811
+    """What the model itself says is explained, and what it finds least likely is not."""
+    settings = soak.parse(['--model', str(small_model), '--prompts', '2', '--longest', '40', '--new-tokens', '6'])[2]
+    prompts = load.make_prompts(range(3, 250), 2, 40, 6, seed=1)
+    monkeypatch.setattr(soak, 'all_prompts', lambda settings: prompts)
+    rounding = Rounding(str(small_model))
+    logits = rounding.gaps('none', prompts[0].ids, [5], range(rounding.model.config.vocab_size), 1)[0]
+    order = logits.argsort().tolist()
+    reference = answer([5, order[0]], [-1.0, -1.0], top=[[(-1.0, 5)], [(-1.0, token) for token in order[:8]]])
+    for token, good in ((order[1], True), (order[-1], False)):
+        row, = soak.explain(settings, 'none', {(0, (5, ), token): 3}, [reference])
+        assert (row['prompt'], row['at'], row['token'], row['own'], row['answers']) == (0, 1, token, order[0], 3)
+        assert (checks.explained([row], 1) == 3) == good, row
+    too_many = {(0, (5, ), token): 1 for token in range(checks.MOST_RARE + 1)}
+    assert soak.explain(settings, 'none', too_many, [reference]) == []
+    assert soak.explain(settings, 'none', {}, [reference]) == []
+
+
 def test_the_floor_itself_is_bounded():
     row = dict(ROW)
     assert checks.judge(row, FLOOR, None, FLOOR) == [] and row['gap_limit'] == checks.GAP_LIMIT
@@ -332,14 +369,14 @@ def test_the_floor_itself_is_bounded():
 
 def test_a_server_that_fails_is_a_row():
     """The verdict says so, and judges the others only where bf16 is there to compare with."""
-    row, other = dict(ROW), {**ROW, 'format': 'y'}
+    row, other, settings = dict(ROW), {**ROW, 'format': 'y'}, soak.parse([])[2]
     for r in (row, other):
         r |= checks.speed([REFERENCE], [3]) | {'errors': 0}
     good = (row, [REFERENCE], [REFERENCE])
     failed = soak.verdict([good, ({'format': 'z', 'error': 'RuntimeError: it ended'}, [], []),
-                           (other, [REFERENCE], [REFERENCE])])
+                           (other, [REFERENCE], [REFERENCE])], settings)
     assert failed == ['z: RuntimeError: it ended'] and row['equal_answers'] == other['equal_answers'] == 1
-    assert soak.verdict([({'format': 'none', 'error': 'no'}, [], []), good]) == ['none: no']
+    assert soak.verdict([({'format': 'none', 'error': 'no'}, [], []), good], settings) == ['none: no']
 
 
 def test_options():

@@ -1,0 +1,69 @@
+"""scripts/rounding.py: copies of a model that differ by what they round."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_calibrate import folder as small_model  # noqa: F401  a fixture: a small Llama with a tokenizer
+
+from lmdeploy_kvq.hf_cache import QuantizedCache
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
+import rounding
+from rounding import Rounding
+
+IDS, TEXT = list(range(20, 60)), [7, 99, 13]
+TOKENS = list(range(250))
+
+
+def expected(model: torch.nn.Module, ids: list[int], cache: object = None) -> torch.Tensor:
+    """Gaps of TOKENS behind ``ids``, read at once."""
+    with torch.inference_mode():
+        predictions = model(torch.tensor([ids]), past_key_values=cache).logits[0, -1].log_softmax(-1)
+    return predictions.max() - predictions[TOKENS]
+
+
+@pytest.fixture(scope='module')
+def exact(small_model) -> Rounding:  # noqa: F811
+    return Rounding(str(small_model), noise=0.0)
+
+
+def test_without_noise_it_is_the_model(exact):
+    """Of bf16's cache; of a format whose prompts see the cache; and of a first token, before which nothing is read."""
+    for fmt, text, prefill, cache in (('none', TEXT, 'raw', None), ('int4_per_token_head', [], 'raw', None),
+                                      ('int4_per_token_head', TEXT, 'cache', QuantizedCache('int4_per_token_head'))):
+        found = exact.gaps(fmt, IDS, text, TOKENS, copies=3, prefill=prefill)
+        assert found.shape == (3, len(TOKENS))
+        for row in found:
+            torch.testing.assert_close(row, expected(exact.model, IDS + text, cache), atol=2e-4, rtol=1e-4)
+            if cache is not None:
+                cache.reset()
+    raw, cached = (exact.gaps('int4_per_token_head', IDS, TEXT, TOKENS, 1, prefill) for prefill in ('raw', 'cache'))
+    assert (raw - cached).abs().max() > 1e-3  # a prompt that sees its own tokens as they are is another one
+
+
+def test_copies_differ_and_follow_from_the_seed(small_model, monkeypatch):  # noqa: F811
+    noisy = Rounding(str(small_model))
+    first, again = (noisy.gaps('int4_per_token_head', IDS, TEXT, TOKENS, 4, seed=3) for _ in range(2))
+    assert torch.equal(first, again) and len({tuple(row.tolist()) for row in first}) == 4
+    assert not torch.equal(first, noisy.gaps('int4_per_token_head', IDS, TEXT, TOKENS, 4, seed=4))
+    assert (first - first.mean(0)).abs().max() < 1  # nats: last bits, no more
+    monkeypatch.setattr(rounding, 'AT_ONCE', (80, 80))  # two copies at a time
+    assert noisy.gaps('none', IDS, TEXT, TOKENS, 5).shape == (5, len(TOKENS))
+    monkeypatch.setattr(rounding, 'MOST_TOKENS', 130)
+    assert noisy.gaps('none', IDS, TEXT, TOKENS, 5).shape == (3, len(TOKENS))
+
+
+def test_rows(small_model):  # noqa: F811
+    noisy = Rounding(str(small_model))
+    gaps = noisy.gaps('fp8_per_token_head', IDS, TEXT, TOKENS, 8)
+    order = gaps.median(0).values.argsort().tolist()
+    likely, least = order[0], order[-1]
+    row = noisy.explain('fp8_per_token_head', IDS, TEXT, likely, [likely, least], 8)
+    own, other = gaps[:, likely], gaps[:, least]
+    assert row == {'copies': 8, 'smallest_gap': float(own.min()), 'median_gap': float(own.median()), 'others': 1,
+                   'likeliest': float((own == 0).float().mean()), 'nearest_other': float(other.min())}
+    assert row['smallest_gap'] == 0 and row['nearest_other'] > 0
+    assert noisy.explain('fp8_per_token_head', IDS, TEXT, least, [], 8)['nearest_other'] is None
