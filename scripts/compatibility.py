@@ -14,7 +14,8 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 
 
 def evidence(folder: Path = RESULTS) -> list[dict]:
-    """Tests that ran and the last run under load, each with ``gpu`` (its name, empty on a CPU) and ``commit``."""
+    """Tests that ran, the last run under load, and audits of pages, each with ``gpu`` (its name, empty on a CPU) and
+    ``commit``."""
     tests = []
     for path in sorted(folder.glob('compatibility_*.json')):
         data = json.loads(path.read_text(encoding='utf-8'))
@@ -25,6 +26,11 @@ def evidence(folder: Path = RESULTS) -> list[dict]:
         data = json.loads((folder / 'soak.json').read_text(encoding='utf-8'))
         tests.append({'test': 'scripts/soak.py', 'covers': ['load.soak'], 'gpu': data['environment']['gpu'],
                       'outcome': 'failed' if data['failed'] else 'passed', 'commit': data['environment']['commit']})
+    for path in sorted(folder.glob('page_audit_*.json')):
+        data = json.loads(path.read_text(encoding='utf-8'))
+        wrong = any(row['first_layer'] or row['left'] or row['p999'] > data['limit'] for row in data['rows'])
+        tests.append({'test': 'scripts/page_audit.py', 'covers': ['load.pages'], 'gpu': data['environment']['gpu'],
+                      'outcome': 'failed' if wrong else 'passed', 'commit': data['environment']['commit']})
     return tests
 
 

@@ -1,25 +1,27 @@
 #!/usr/bin/env python3
 """Whether rounding explains a token: many copies of a model, each rounded in its own way, choose again.
 
-  scripts/rounding.py [--soak benchmarks/results/soak.json] [--copies N] [--out FOLDER]
+  scripts/rounding.py [--soak FILE ...] [--formats NAME,...] [--copies N] [--out FOLDER]
 
 Two runs of an engine add in different orders, and differ in last bits. Where a number lies close to the middle between
 two codes, that decides which one is stored, and where a model is undecided about a token's part in a text, what it says
 next. How far that goes cannot be read off one reference. Here transformers, in fp32 and with this package's codecs,
 without engine and kernels, reads a prompt as the engine does and then a text token by token from the quantized cache,
-in many copies; in each, the outputs of attention and of MLPs are off by up to 2^-9 of themselves, bf16's largest
-rounding error. Per token: how far, in nats, it is from the likeliest one, in the copy that likes it best
+in many copies. In each, the outputs of attention and of MLPs are off by up to 2^-9 of themselves, bf16's largest
+rounding error; and as under load, an eighth of the copies each finds another part of the prompt in the prefix cache
+(nothing, all whole blocks, or any number of them), which a prompt sees as it is stored, and its other tokens as they
+are. Per token: how far, in nats, it is from the likeliest one, in the copy that likes it best
 (``smallest_gap``) and in the median, and in what share of the copies it is the likeliest. The other tokens that the
 reference found likely are the control: rounding that explains those, too, explains nothing.
 
 soak.py asks this of every answer that is farther from its reference than its limit. By itself, this script judges the
-answers that soak.json lists, and writes rounding.json. Fast on a GPU; on two cores a minute per thousand tokens of
-prompt and sixteen copies.
+answers that soak.json, or other files of soak.py, list, and writes rounding.json. Fast on a GPU; two cores read 300 tokens of prompts a second.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,37 @@ from typing import Any
 import torch
 from benchlib import RESULTS, print_table, write_results
 from last_bit import NOISE, Noise
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lmdeploy_kvq import get_format
 from lmdeploy_kvq.evaluation.through_transformers import prepare
-from lmdeploy_kvq.hf_cache import QuantizedCache
+from lmdeploy_kvq.hf_cache import QuantizedLayer
 
-COPIES, MOST_TOKENS = 512, 2**22
-"""Copies, and fewer where their prompts would be more tokens than that."""
+COPIES, PER_VISIT, MOST_TOKENS, HITS, BLOCK = 512, 8, 2**22, 8, 64
+"""Copies, more where load came by that text often (what happens once in n times is missed by 8 n copies once in 3,000
+times), and fewer where their prompts would be more tokens than that; how many parts of a prompt are found in the prefix
+cache; and tokens of a block."""
 
-AT_ONCE = 2**18, 2**14
-"""Tokens of prompts that are read at once, on a GPU and on a CPU."""
+AT_ONCE, SCORES = (2**18, 2**14), 2**28
+"""Tokens of prompts that are read at once, on a GPU and on a CPU; and pairs of tokens, of which PyTorch's attention
+keeps several fp32 numbers per head where heads share keys."""
+
+
+class RoundTrip(DynamicLayer):
+    """K and V of one layer as they come back from a format: what QuantizedLayer computes anew at every step, kept.
+
+    Of the formats with a scale per token and head, whose tokens do not depend on each other.
+    """
+
+    def __init__(self, fmt: str):
+        super().__init__()
+        self.format = get_format(fmt)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any,
+               **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new tokens; K and V [batch, kv_heads, tokens, dim]."""
+        once = QuantizedLayer(self.format, *torch.ones(2))
+        return super().update(*once.update(key_states, value_states), *args, **kwargs)
 
 
 class Rounding:
@@ -60,29 +84,44 @@ class Rounding:
         """
         self.noise.generator.manual_seed(seed)
         copies = max(1, min(copies, MOST_TOKENS // len(ids)))
-        at_once = max(1, AT_ONCE[self.model.device.type == 'cpu'] // len(ids))
-        found = []
-        for start in range(0, copies, at_once):
-            predictions = self._read(fmt, ids, text, min(at_once, copies - start), prefill)
+        at_once = max(1, min(AT_ONCE[self.model.device.type == 'cpu'] // len(ids), SCORES // len(ids)**2,
+                             -(-copies // HITS)))
+        blocks, draw, found = (len(ids) - 1) // BLOCK, random.Random(seed), []
+        for number, start in enumerate(range(0, copies, at_once)):
+            hit = (0, blocks)[number] if number < 2 else draw.randint(0, blocks)
+            predictions = self._read(fmt, ids, text, min(at_once, copies - start), prefill, hit * BLOCK)
             found.append(predictions.amax(-1, keepdim=True) - predictions[:, list(tokens)])
         return torch.cat(found).cpu()
 
-    def _read(self, fmt: str, ids: Sequence[int], text: Sequence[int], copies: int, prefill: str) -> torch.Tensor:
-        """Log-probabilities behind the text: [copies, vocabulary]."""
-        from transformers import DynamicCache
+    def _read(self, fmt: str, ids: Sequence[int], text: Sequence[int], copies: int, prefill: str,
+              hit: int) -> torch.Tensor:
+        """Log-probabilities behind the text, where ``hit`` tokens of the prompt come from the prefix cache: [copies,
+        vocabulary]."""
         device = self.model.device
-        cache: Any = DynamicCache() if fmt == 'none' else QuantizedCache(fmt)
-        read = cache if prefill == 'cache' else DynamicCache()
+        cache: Any = DynamicCache()
+        if fmt != 'none':
+            cache = Cache(layers=[RoundTrip(fmt) for _ in self.model.model.layers])
         prompt = torch.tensor([list(ids)], device=device).expand(copies, -1)
-        logits = self.model(prompt, past_key_values=read, logits_to_keep=1).logits[:, -1]
-        if read is not cache:
-            for number, layer in enumerate(read.layers):
-                cache.update(layer.keys, layer.values, number)
-                layer.keys = layer.values = None
+        for part in (prompt[:, :hit], prompt[:, hit:]) if hit else (prompt, ):
+            logits = self._prefill(part, cache, prefill)
         for token in text:
             logits = self.model(torch.full((copies, 1), token, device=device), past_key_values=cache,
                                 logits_to_keep=1).logits[:, -1]
         return logits.float().log_softmax(-1)
+
+    def _prefill(self, ids: torch.Tensor, cache: Any, prefill: str) -> torch.Tensor:
+        """Read ``ids`` [copies, tokens] behind what the cache holds, and store them; logits [copies, vocabulary]."""
+        if prefill == 'cache':
+            return self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        read, stored = DynamicCache(), cache.get_seq_length()
+        if stored:
+            for number, layer in enumerate(cache.layers):
+                read.update(layer.keys, layer.values, number)
+        logits = self.model(ids, past_key_values=read, logits_to_keep=1).logits[:, -1]
+        for number, layer in enumerate(read.layers):
+            cache.update(layer.keys[:, :, stored:], layer.values[:, :, stored:], number)
+            layer.keys = layer.values = None
+        return logits
 
     def explain(self, fmt: str, ids: Sequence[int], text: Sequence[int], token: int, others: Sequence[int],
                 copies: int = COPIES, prefill: str = 'raw') -> dict[str, Any]:
@@ -97,34 +136,39 @@ class Rounding:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--soak', type=Path, default=RESULTS / 'soak.json')
-    parser.add_argument('--formats', help='of the file (default: all)')
+    parser.add_argument('--soak', type=Path, nargs='+', default=[RESULTS / 'soak.json'])
+    parser.add_argument('--formats', help='of the files (default: all)')
     parser.add_argument('--copies', type=int, default=COPIES)
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     import soak
     from smollm2 import chosen_model
-    from soak_checks import GAP_LIMIT
-    data, folder = json.loads(args.soak.read_text()), str(chosen_model())
-    settings = soak.Settings(**{name: data[name] for name in soak.Settings.__annotations__} | {'model': folder})
-    prompts, rounding, rows, seen = soak.all_prompts(settings), Rounding(folder), [], set()
-    for row in data['rows']:
-        for far in row['farthest']:
+    folder = str(chosen_model())
+    rounding, rows, seen = Rounding(folder), [], set()
+    for path in args.soak:
+        data = json.loads(path.read_text())
+        settings = soak.Settings(**{name: data[name] for name in soak.Settings.__annotations__} | {'model': folder})
+        prompts = soak.all_prompts(settings)
+        for fmt, far in ((row['format'], far) for row in data['rows'] for far in row['farthest']):
             text = tuple(far['answer'][:far['at']])
-            name = row['format'], far['prompt'], text, far['token']
-            if name in seen or args.formats and row['format'] not in args.formats.split(','):
+            kind = fmt, far['prompt'], text, far['token']
+            if kind in seen or args.formats and fmt not in args.formats.split(','):
                 continue
-            seen.add(name)
+            seen.add(kind)
             # the reference's own token is likely, and no control
             others = [token for _, token in far['top'] if token != far['reference'][far['at']]]
-            found = rounding.explain(row['format'], prompts[far['prompt']].ids, text, far['token'], others,
-                                     args.copies, settings.prefill)
-            rows.append({'format': row['format'], 'prompt': far['prompt'], 'at': far['at'], 'token': far['token'],
-                         'reference_gap': far['gap'], **found})
+            found = rounding.explain(fmt, prompts[far['prompt']].ids, text, far['token'], others, args.copies,
+                                     settings.prefill)
+            rows.append({'file': path.name, 'format': fmt, 'prompt': far['prompt'], 'at': far['at'],
+                         'token': far['token'], 'reference_gap': far['gap'],
+                         'visits': sum(one['answers'] for one in far['company']),
+                         'answers': next(one['answers'] for one in far['company'] if one['token'] == far['token']),
+                         **found})
             print_table(rows[-1:], list(rows[0]))
-    print_table(rows, list(rows[0]) if rows else [])
-    print(write_results('rounding', rows, args.out, model=data['model'], noise=NOISE, within=GAP_LIMIT,
-                        soak_commit=data['environment']['commit']))
+            path_out = write_results('rounding', rows, args.out, model=Path(folder).name, noise=NOISE)
+    if rows:
+        print_table(rows, list(rows[0]))
+        print(path_out)
 
 
 if __name__ == '__main__':

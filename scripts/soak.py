@@ -34,7 +34,20 @@ import gpu_memory
 from benchlib import print_table, write_results
 from server import Server
 from smollm2 import HOME, find_or_convert
-from soak_checks import MOST_RARE, Kind, deviation, explained, farthest, gap_limit, growth, judge, rare, score, speed
+from soak_checks import (
+    MOST_RARE,
+    Kind,
+    deviation,
+    explained,
+    farthest,
+    gap_limit,
+    growth,
+    judge,
+    rare,
+    score,
+    speed,
+    visits,
+)
 from soak_load import Answer, Prompt, Request, ask_one, load, make_prompts, make_requests, references
 
 from lmdeploy_kvq import get_format
@@ -199,16 +212,23 @@ def attempt(policy: str, settings: Settings, barrier: Barrier | None) -> tuple[d
         return {'format': policy, 'error': f'{type(error).__name__}: {error}'}, [], []
 
 
-def explain(settings: Settings, policy: str, kinds: Mapping[Kind, int], first: Sequence[Answer]) -> list[dict]:
-    """Rows of rounding.py, of answers too far from their references; none where those are too many kinds."""
+def explain(settings: Settings, policy: str, kinds: Mapping[Kind, int], first: Sequence[Answer],
+            answers: Sequence[Answer]) -> list[dict]:
+    """Rows of rounding.py, of answers too far from their references; none where those are too many kinds.
+
+    The more often the load came by a text, the rarer is what it may find there, and the more copies are asked.
+    """
     if not kinds or len(kinds) > MOST_RARE:
         return []
-    from rounding import Rounding  # the servers have ended: the GPU is free
+    from rounding import COPIES, PER_VISIT, Rounding  # the servers have ended: the GPU is free
     rounding, prompts, rows = Rounding(settings.model), all_prompts(settings), []
-    for (prompt, text, token), count in kinds.items():
+    for kind, count in kinds.items():
+        prompt, text, token = kind
         own, *others = (other for _, other in first[prompt].top[len(text)])
-        found = rounding.explain(policy, prompts[prompt].ids, text, token, others, prefill=settings.prefill)
-        rows.append({'prompt': prompt, 'at': len(text), 'token': token, 'own': own, 'answers': count, **found})
+        copies = max(COPIES, PER_VISIT * (seen := visits(answers, kind)))
+        found = rounding.explain(policy, prompts[prompt].ids, text, token, others, copies, settings.prefill)
+        rows.append({'prompt': prompt, 'at': len(text), 'token': token, 'own': own, 'text': text, 'answers': count,
+                     'visits': seen, **found})
         print(f'{policy}: {rows[-1]}', flush=True)
     return rows
 
@@ -232,7 +252,7 @@ def verdict(results: Sequence[tuple[dict, list[Answer], list[Answer]]], settings
         for name in ('tokens_per_s', 'first_token_ms_p50', 'between_tokens_ms_p50', 'answer_ms_p50'):
             row[f'{name}_vs_bf16'] = row[name] / base[name] if row[name] and base[name] else None
         kinds = rare(answers, dict(enumerate(first)), gap_limit(floor, effect))
-        row['rare'] = explain(settings, row['format'], kinds, first)
+        row['rare'] = explain(settings, row['format'], kinds, first, answers)
         failed += judge(row, floor, effect, own, explained(row['rare'], len(kinds)))
     return failed
 

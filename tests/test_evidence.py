@@ -106,6 +106,16 @@ def test_the_last_run_under_load_counts(compatibility, tmp_path, failed):
     assert line[1] == ('**fails**' if failed else 'works') and f'soak.py): {int(not failed)} on GPU' in line[2]
 
 
+@pytest.mark.parametrize('change', [{}, {'first_layer': 0.1}, {'left': 1}, {'p999': 0.6}])
+def test_audits_of_pages_count(compatibility, tmp_path, change):
+    """The limits of scripts/page_audit.py."""
+    row = {'first_layer': 0.0, 'left': 0, 'p999': 0.3, **change}
+    (tmp_path / 'page_audit_x.json').write_text(json.dumps({
+        'environment': {'gpu': 'H200', 'gpus': '1', 'commit': 'abc'}, 'limit': 0.5, 'rows': [row]}))
+    line = compatibility.tables(compatibility.evidence(tmp_path))[SECTIONS['load']][1]  # load.pages comes second
+    assert line[1] == ('**fails**' if change else 'works') and 'page_audit.py' in line[2]
+
+
 def test_rows_have_sections_and_names_of_their_own():
     """Ids are unique and belong to a section."""
     assert len(BY_ID) == len(ROWS) and {row.id.partition('.')[0] for row in ROWS} == set(SECTIONS)

@@ -44,6 +44,22 @@ def test_without_noise_it_is_the_model(exact):
     assert (raw - cached).abs().max() > 1e-3  # a prompt that sees its own tokens as they are is another one
 
 
+def test_hits_of_the_prefix_cache_are_read_as_stored(exact):
+    """Whole blocks, never the last token; no difference where the cache is exact, or prompts see it anyhow."""
+    ids = list(range(20, 220))  # three blocks, and eight tokens
+    plain, = exact.gaps('none', ids, TEXT, TOKENS, 1)
+    hits = exact.gaps('none', ids, TEXT, TOKENS, 16)
+    torch.testing.assert_close(hits, plain.expand(16, -1), atol=2e-4, rtol=1e-4)
+    seen = exact.gaps('int4_per_token_head', ids, TEXT, TOKENS, 16, 'cache')
+    torch.testing.assert_close(seen, seen[:1].expand(16, -1), atol=2e-4, rtol=1e-4)
+    raw = exact.gaps('int4_per_token_head', ids, TEXT, TOKENS, 16)
+    kinds = raw.unflatten(0, (rounding.HITS, 2))
+    torch.testing.assert_close(kinds[:, 0], kinds[:, 1], atol=2e-4, rtol=1e-4)  # the two of a batch
+    assert (kinds[0] - kinds[1]).abs().max() > 1e-3  # nothing found, and all
+    short = exact.gaps('int4_per_token_head', ids[:64], TEXT, TOKENS, 16)  # a block that ends with the prompt
+    torch.testing.assert_close(short, short[:1].expand(16, -1), atol=2e-4, rtol=1e-4)
+
+
 def test_copies_differ_and_follow_from_the_seed(small_model, monkeypatch):  # noqa: F811
     noisy = Rounding(str(small_model))
     first, again = (noisy.gaps('int4_per_token_head', IDS, TEXT, TOKENS, 4, seed=3) for _ in range(2))

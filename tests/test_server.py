@@ -32,7 +32,7 @@ import gpu_memory  # noqa: E402
 import soak  # noqa: E402
 import soak_checks as checks  # noqa: E402
 import soak_load as load  # noqa: E402
-from rounding import Rounding  # noqa: E402
+from rounding import COPIES, Rounding  # noqa: E402
 from soak_load import Answer, Prompt, Request  # noqa: E402
 
 SESSION_LEN = 160
@@ -341,6 +341,17 @@ def test_rare_answers_by_kind():
                answer([1], [-5.0], error='HTTP 500')]
     assert checks.rare(answers, {0: REFERENCE}, 1.0) == {(0, (7, ), 99): 2, (0, (7, ), 2): 1}
     assert checks.rare(answers, {0: REFERENCE}, 2.9) == {}
+    assert [checks.visits(answers, (0, text, 1)) for text in ((), (7, ), (7, 99), (8, ))] == [5, 5, 1, 0]
+    assert checks.visits(answers, (1, (7, ), 1)) == 0
+
+
+def test_what_others_say_there():
+    answers = [answer([7, 5, 9], [-0.1, -0.6, -0.3]), answer([7, 8, 9], [-0.1, -0.2, -0.3]),
+               answer([7, 8], [-0.1, -0.25]), answer([1, 8], [-0.1, -9.0]), answer([7], [-0.1])]
+    row = next(row for row in checks.farthest(answers, {0: REFERENCE}) if row['token'] == 5)
+    assert row['company'] == [{'token': 8, 'answers': 2, 'least': -0.25, 'most': -0.2},
+                              {'token': 5, 'answers': 1, 'least': -0.6, 'most': -0.6}]
+    assert row['changes'] == [0.0] and row['top'] == REFERENCE.top[1]
 
 
 def test_an_answer_that_nobody_would_give_is_not_explained(small_model, monkeypatch):  # noqa: F811
@@ -353,12 +364,13 @@ def test_an_answer_that_nobody_would_give_is_not_explained(small_model, monkeypa
     order = logits.argsort().tolist()
     reference = answer([5, order[0]], [-1.0, -1.0], top=[[(-1.0, 5)], [(-1.0, token) for token in order[:8]]])
     for token, good in ((order[1], True), (order[-1], False)):
-        row, = soak.explain(settings, 'none', {(0, (5, ), token): 3}, [reference])
+        row, = soak.explain(settings, 'none', {(0, (5, ), token): 3}, [reference], [reference] * 7)
         assert (row['prompt'], row['at'], row['token'], row['own'], row['answers']) == (0, 1, token, order[0], 3)
+        assert row['visits'] == 7 and row['text'] == (5, ) and row['copies'] == COPIES
         assert (checks.explained([row], 1) == 3) == good, row
     too_many = {(0, (5, ), token): 1 for token in range(checks.MOST_RARE + 1)}
-    assert soak.explain(settings, 'none', too_many, [reference]) == []
-    assert soak.explain(settings, 'none', {}, [reference]) == []
+    assert soak.explain(settings, 'none', too_many, [reference], []) == []
+    assert soak.explain(settings, 'none', {}, [reference], []) == []
 
 
 def test_the_floor_itself_is_bounded():
