@@ -79,16 +79,15 @@ class Pages:
         """Per layer keys and values of these blocks, bf16 [tokens, kv_heads, dim]."""
         manager = self.scheduler.block_manager
         physical = torch.as_tensor(manager.allocator.get_physical_blocks(torch.tensor(blocks).numpy()),
-                                   dtype=torch.int32, device='cuda')
+                                   dtype=torch.int32, device=self.caches[0][0].device)
         found = []
         for layer in self.caches:
             if self.format is None:
                 found.append(tuple(x[physical].flatten(0, 1).clone() for x in layer[:2]))
                 continue
-            scales = layer[2:4] if len(layer) > 2 else (None, None)
-            view = page_views(self.format, *layer[:2], *self.dims, *scales)
-            lens = torch.tensor([len(blocks) * BLOCK], dtype=torch.int32, device='cuda')
-            found.append(tuple(x.bfloat16() for x in flatten(view, physical[None], lens, torch.bfloat16)))
+            view = page_views(self.format, *layer[:2], *self.dims, *layer[2:4])
+            lens = torch.tensor([len(blocks) * BLOCK], dtype=torch.int32, device=physical.device)
+            found.append(flatten(view, physical[None], lens, torch.bfloat16))
         return found
 
 
@@ -202,13 +201,15 @@ def _error(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', type=Path)
-    parser.add_argument('--format', default='fp8_per_token_head', help='or none')
+    parser.add_argument('--format', default='fp8_per_token_head', help='with a scale per token and head; or none')
     parser.add_argument('--rounds', type=int, default=4)
     parser.add_argument('--seconds', type=float, default=30.0, help='of load per round')
     parser.add_argument('--limit', type=float, default=0.5)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
+    if args.format != 'none' and not get_format(args.format).per_token_head:
+        parser.error(f'--format: {args.format} has scales in the model, which are not read here')
     folder = args.model or chosen_model()
     settings: Settings = parse(['--model', str(folder)])[2]
     prompts, policy = all_prompts(settings), args.format

@@ -219,13 +219,14 @@ def last_bit() -> str:
 
 def rare() -> str:
     """Answers under load that left their references where those are sure, and what copies of the model say of them."""
-    rows = results('rounding')
-    lines = [[row['format'], f'{row["prompt"]}, {row["at"]}', f'{row["reference_gap"]:.2f}',
+    rows = [{**one, 'format': row['format']} for row in results('soak') for one in row.get('rare', ())]
+    lines = [[row['format'], f'{row["prompt"]}, {row["at"]}', f'{row["reference_gap"]:.1f}',
               f'{row["answers"]} of {row["visits"]}', str(row['copies']), f'{row["smallest_gap"]:.2f}',
-              f'{row["median_gap"]:.2f}', number(row, 'nearest_other', '.2f')] for row in rows]
+              f'{row["median_gap"]:.1f}', number(row, 'nearest_other', '.1f')]
+             for row in [*rows, *results('rounding')]]
     header = ['cache', 'prompt, token', 'gap in the reference, nats', 'answers that have it', 'copies', 'smallest gap',
               'median', 'smallest of another token']
-    return table(header, lines) + measured('rounding') if rows else NOT_MEASURED
+    return table(header, lines) + measured('soak', 'rounding') if lines else NOT_MEASURED
 
 
 def acceptance() -> str:
@@ -360,7 +361,8 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
          'targets': targets, 'missed-targets': missed_targets,
          'engine': engine, 'layer': layer, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
-         'last-bit': last_bit, 'rare': rare, 'batch-texts': batch_texts, 'acceptance': acceptance, 'decode-clocks': decode_clocks,
+         'last-bit': last_bit, 'rare': rare, 'batch-texts': batch_texts, 'acceptance': acceptance,
+         'decode-clocks': decode_clocks,
          'accuracy-engine': accuracy_engine, 'transform-gain': transform_gain,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),

@@ -15,7 +15,8 @@ are. Per token: how far, in nats, it is from the likeliest one, in the copy that
 reference found likely are the control: rounding that explains those, too, explains nothing.
 
 soak.py asks this of every answer that is farther from its reference than its limit. By itself, this script judges the
-answers that soak.json, or other files of soak.py, list, and writes rounding.json. Fast on a GPU; two cores read 300 tokens of prompts a second.
+answers that soak.json, or other files of soak.py, list, and writes rounding.json. Fast on a GPU; two cores read 300
+tokens of prompts a second.
 """
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ from lmdeploy_kvq import get_format
 from lmdeploy_kvq.evaluation.through_transformers import prepare
 from lmdeploy_kvq.hf_cache import QuantizedLayer
 
-COPIES, PER_VISIT, MOST_TOKENS, HITS, BLOCK = 512, 8, 2**22, 8, 64
+COPIES, PER_VISIT, MOST_TOKENS, HITS, BLOCK = 512, 8, 2**21, 8, 64
 """Copies, more where load came by that text often (what happens once in n times is missed by 8 n copies once in 3,000
 times), and fewer where their prompts would be more tokens than that; how many parts of a prompt are found in the prefix
 cache; and tokens of a block."""
@@ -138,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--soak', type=Path, nargs='+', default=[RESULTS / 'soak.json'])
     parser.add_argument('--formats', help='of the files (default: all)')
-    parser.add_argument('--copies', type=int, default=COPIES)
+    parser.add_argument('--copies', type=int, help='of each (default: as soak.py, by how often the load came by)')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     import soak
@@ -157,11 +158,13 @@ def main() -> None:
             seen.add(kind)
             # the reference's own token is likely, and no control
             others = [token for _, token in far['top'] if token != far['reference'][far['at']]]
-            found = rounding.explain(fmt, prompts[far['prompt']].ids, text, far['token'], others, args.copies,
+            visits = sum(one['answers'] for one in far['company'])
+            copies = args.copies or max(COPIES, PER_VISIT * visits)
+            found = rounding.explain(fmt, prompts[far['prompt']].ids, text, far['token'], others, copies,
                                      settings.prefill)
             rows.append({'file': path.name, 'format': fmt, 'prompt': far['prompt'], 'at': far['at'],
                          'token': far['token'], 'reference_gap': far['gap'],
-                         'visits': sum(one['answers'] for one in far['company']),
+                         'visits': visits,
                          'answers': next(one['answers'] for one in far['company'] if one['token'] == far['token']),
                          **found})
             print_table(rows[-1:], list(rows[0]))

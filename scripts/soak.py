@@ -224,11 +224,12 @@ def explain(settings: Settings, policy: str, kinds: Mapping[Kind, int], first: S
     rounding, prompts, rows = Rounding(settings.model), all_prompts(settings), []
     for kind, count in kinds.items():
         prompt, text, token = kind
-        own, *others = (other for _, other in first[prompt].top[len(text)])
+        likely = {other: value for value, other in first[prompt].top[len(text)]}
+        own, *others = likely
         copies = max(COPIES, PER_VISIT * (seen := visits(answers, kind)))
         found = rounding.explain(policy, prompts[prompt].ids, text, token, others, copies, settings.prefill)
         rows.append({'prompt': prompt, 'at': len(text), 'token': token, 'own': own, 'text': text, 'answers': count,
-                     'visits': seen, **found})
+                     'visits': seen, 'reference_gap': likely[own] - likely.get(token, min(likely.values())), **found})
         print(f'{policy}: {rows[-1]}', flush=True)
     return rows
 

@@ -366,7 +366,7 @@ def test_an_answer_that_nobody_would_give_is_not_explained(small_model, monkeypa
     for token, good in ((order[1], True), (order[-1], False)):
         row, = soak.explain(settings, 'none', {(0, (5, ), token): 3}, [reference], [reference] * 7)
         assert (row['prompt'], row['at'], row['token'], row['own'], row['answers']) == (0, 1, token, order[0], 3)
-        assert row['visits'] == 7 and row['text'] == (5, ) and row['copies'] == COPIES
+        assert row['visits'] == 7 and row['text'] == (5, ) and row['copies'] == COPIES and row['reference_gap'] == 0
         assert (checks.explained([row], 1) == 3) == good, row
     too_many = {(0, (5, ), token): 1 for token in range(checks.MOST_RARE + 1)}
     assert soak.explain(settings, 'none', too_many, [reference], []) == []
