@@ -221,8 +221,8 @@ def rare() -> str:
     """Answers under load that left their references where those are sure, and what copies of the model say of them."""
     rows = [{**one, 'format': row['format']} for row in results('soak') for one in row.get('rare', ())]
     lines = [[row['format'], f'{row["prompt"]}, {row["at"]}', f'{row["reference_gap"]:.1f}',
-              f'{row["answers"]} of {row["visits"]}', str(row['copies']), f'{row["smallest_gap"]:.2f}',
-              f'{row["median_gap"]:.1f}', number(row, 'nearest_other', '.1f')]
+              f'{row["answers"]} of {row["visits"]}', str(row['copies']), number(row, 'smallest_gap', '.2f'),
+              number(row, 'median_gap', '.1f'), number(row, 'nearest_other', '.1f')]
              for row in [*rows, *results('rounding')]]
     header = ['cache', 'prompt, token', 'gap in the reference, nats', 'answers that have it', 'copies', 'smallest gap',
               'median', 'smallest of another token']

@@ -227,7 +227,10 @@ def explain(settings: Settings, policy: str, kinds: Mapping[Kind, int], first: S
         likely = {other: value for value, other in first[prompt].top[len(text)]}
         own, *others = likely
         copies = max(COPIES, PER_VISIT * (seen := visits(answers, kind)))
-        found = rounding.explain(policy, prompts[prompt].ids, text, token, others, copies, settings.prefill)
+        try:
+            found = rounding.explain(policy, prompts[prompt].ids, text, token, others, copies, settings.prefill)
+        except RuntimeError as error:  # of memory that somebody else has, for one: the run's figures must not go, too
+            found = {'copies': 0, 'smallest_gap': None, 'median_gap': None, 'error': str(error)[:300]}
         rows.append({'prompt': prompt, 'at': len(text), 'token': token, 'own': own, 'text': text, 'answers': count,
                      'visits': seen, 'reference_gap': likely[own] - likely.get(token, min(likely.values())), **found})
         print(f'{policy}: {rows[-1]}', flush=True)

@@ -188,8 +188,10 @@ def visits(answers: Sequence[Answer], kind: Kind) -> int:
 
 def explained(rows: Sequence[Mapping], kinds: int) -> int:
     """Answers that rounding explains, of ``kinds`` kinds of rare ones: ``rows`` have the number of ``answers`` of each,
-    and the ``smallest_gap`` that rounding found."""
-    return sum(row['answers'] for row in rows if row['smallest_gap'] <= GAP_LIMIT) if kinds <= MOST_RARE else 0
+    and the ``smallest_gap`` that rounding found, or None."""
+    if kinds > MOST_RARE:
+        return 0
+    return sum(row['answers'] for row in rows if row['smallest_gap'] is not None and row['smallest_gap'] <= GAP_LIMIT)
 
 
 def judge(row: dict, floor: Deviation, effect: Deviation | None, own: Deviation, known: int = 0) -> list[str]:

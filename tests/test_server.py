@@ -17,6 +17,7 @@ from pathlib import Path
 import hostile
 import numpy
 import pytest
+import torch
 from helpers import clean_environment
 
 pytest.importorskip('transformers', minversion='5')
@@ -330,7 +331,8 @@ def test_rare_answers_are_wrong_unless_rounding_explains_them():
     failed, = checks.judge(row, FLOOR, EFFECT, own, 2)
     assert '1 answers no rounding explains' in failed and (row['rare_answers'], row['wrong_answers']) == (3, 1)
     assert checks.judge(row, FLOOR, EFFECT, own, 3) == [] and (row['rare_answers'], row['wrong_answers']) == (3, 0)
-    rows = [{'answers': 2, 'smallest_gap': checks.GAP_LIMIT}, {'answers': 3, 'smallest_gap': checks.GAP_LIMIT + 0.01}]
+    rows = [{'answers': 2, 'smallest_gap': checks.GAP_LIMIT}, {'answers': 3, 'smallest_gap': checks.GAP_LIMIT + 0.01},
+            {'answers': 4, 'smallest_gap': None}]
     assert checks.explained(rows, 2) == checks.explained(rows, checks.MOST_RARE) == 2
     assert checks.explained(rows, checks.MOST_RARE + 1) == 0
 
@@ -371,6 +373,13 @@ def test_an_answer_that_nobody_would_give_is_not_explained(small_model, monkeypa
     too_many = {(0, (5, ), token): 1 for token in range(checks.MOST_RARE + 1)}
     assert soak.explain(settings, 'none', too_many, [reference], []) == []
     assert soak.explain(settings, 'none', {}, [reference], []) == []
+
+    def without_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError('no memory')
+
+    monkeypatch.setattr(Rounding, 'explain', without_memory)
+    row, = soak.explain(settings, 'none', {(0, (5, ), order[1]): 3}, [reference], [])
+    assert row['error'] == 'no memory' and checks.explained([row], 1) == 0
 
 
 def test_the_floor_itself_is_bounded():
