@@ -8,11 +8,12 @@ two codes, that decides which one is stored, and where a model is undecided abou
 next. How far that goes cannot be read off one reference. Here transformers, in fp32 and with this package's codecs,
 without engine and kernels, reads a prompt as the engine does and then a text token by token from the quantized cache,
 in many copies. In each, the outputs of attention and of MLPs are off by up to 2^-9 of themselves, bf16's largest
-rounding error; and as under load, an eighth of the copies each finds another part of the prompt in the prefix cache
-(nothing, all whole blocks, or any number of them), which a prompt sees as it is stored, and its other tokens as they
-are. Per token: how far, in nats, it is from the likeliest one, in the copy that likes it best
-(``smallest_gap``) and in the median, and in what share of the copies it is the likeliest. The other tokens that the
-reference found likely are the control: rounding that explains those, too, explains nothing.
+rounding error; and as under load, part of the prompt is found in the prefix cache (nothing, all whole blocks, or any
+number of them, another one for every eighth of the copies or fewer), which a prompt sees as it is stored, and its other
+tokens as they are. An eighth of the copies or fewer read the text like that, too, at once, which is what an engine does
+with a request that it had to give up and takes up again. Per token: how far, in nats, it is from the likeliest one, in
+the copy that likes it best (``smallest_gap``) and in the median, and in what share of the copies it is the likeliest.
+The other tokens that the reference found likely are the control: rounding that explains those, too, explains nothing.
 
 soak.py asks this of every answer that is farther from its reference than its limit. By itself, this script judges the
 answers that soak.json, or other files of soak.py, list, and writes rounding.json. Fast on a GPU; two cores read 300
@@ -89,8 +90,10 @@ class Rounding:
                              -(-copies // HITS)))
         blocks, draw, found = (len(ids) - 1) // BLOCK, random.Random(seed), []
         for number, start in enumerate(range(0, copies, at_once)):
-            hit = (0, blocks)[number] if number < 2 else draw.randint(0, blocks)
-            predictions = self._read(fmt, ids, text, min(at_once, copies - start), prefill, hit * BLOCK)
+            hit = (0, blocks, blocks)[number] if number < 3 else draw.randint(0, blocks)
+            read = (*ids, *text) if number == 2 else ids  # else token by token
+            predictions = self._read(fmt, read, text[len(read) - len(ids):], min(at_once, copies - start), prefill,
+                                     hit * BLOCK)
             found.append(predictions.amax(-1, keepdim=True) - predictions[:, list(tokens)])
         return torch.cat(found).cpu()
 

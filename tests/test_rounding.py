@@ -55,9 +55,14 @@ def test_hits_of_the_prefix_cache_are_read_as_stored(exact):
     raw = exact.gaps('int4_per_token_head', ids, TEXT, TOKENS, 16)
     kinds = raw.unflatten(0, (rounding.HITS, 2))
     torch.testing.assert_close(kinds[:, 0], kinds[:, 1], atol=2e-4, rtol=1e-4)  # the two of a batch
-    assert (kinds[0] - kinds[1]).abs().max() > 1e-3  # nothing found, and all
+    for a, b in ((0, 1), (1, 2)):  # nothing found, and all; the text token by token, and at once
+        assert (kinds[a] - kinds[b]).abs().max() > 1e-3
     short = exact.gaps('int4_per_token_head', ids[:64], TEXT, TOKENS, 16)  # a block that ends with the prompt
-    torch.testing.assert_close(short, short[:1].expand(16, -1), atol=2e-4, rtol=1e-4)
+    short = torch.cat([short[:4], short[6:]])
+    torch.testing.assert_close(short, short[:1].expand(14, -1), atol=2e-4, rtol=1e-4)
+    found = exact.gaps('int4_per_token_head', ids[:64], TEXT, TOKENS, 16)[4]  # taken up again
+    whole, = exact.gaps('int4_per_token_head', ids[:64] + TEXT, [], TOKENS, 1)
+    torch.testing.assert_close(found, whole)
 
 
 def test_copies_differ_and_follow_from_the_seed(small_model, monkeypatch):  # noqa: F811
@@ -65,7 +70,8 @@ def test_copies_differ_and_follow_from_the_seed(small_model, monkeypatch):  # no
     first, again = (noisy.gaps('int4_per_token_head', IDS, TEXT, TOKENS, 4, seed=3) for _ in range(2))
     assert torch.equal(first, again) and len({tuple(row.tolist()) for row in first}) == 4
     assert not torch.equal(first, noisy.gaps('int4_per_token_head', IDS, TEXT, TOKENS, 4, seed=4))
-    assert (first - first.mean(0)).abs().max() < 1  # nats: last bits, no more
+    exact = noisy.gaps('none', IDS, TEXT, TOKENS, 4)
+    assert 0 < (exact - exact.mean(0)).abs().max() < 1  # nats: last bits, no more
     monkeypatch.setattr(rounding, 'AT_ONCE', (80, 80))  # two copies at a time
     assert noisy.gaps('none', IDS, TEXT, TOKENS, 5).shape == (5, len(TOKENS))
     monkeypatch.setattr(rounding, 'MOST_TOKENS', 130)
