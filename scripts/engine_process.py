@@ -106,15 +106,23 @@ class Engine:
 
     def free_blocks(self, patience: float = 10) -> int:
         """Blocks that nobody holds, once every session has ended; the prefix cache's are given back first."""
-        scheduler, deadline = self.engine.scheduler, time.monotonic() + patience
+        scheduler = self.engine.scheduler
 
         def free() -> int:
             scheduler.block_trie.evict(scheduler.block_manager.num_gpu_blocks)
             return scheduler.block_manager.get_num_free_gpu_blocks()
 
-        while self.call(lambda: len(scheduler.sessions)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        self.idle(patience)
         return self.call(free)
+
+    def idle(self, patience: float = 10) -> bool:
+        """Wait for every session to end; whether they have."""
+        deadline = time.monotonic() + patience
+        while self.call(lambda: len(self.engine.scheduler.sessions)):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def agreement(engine: Engine, ids: list[int], tokens: list[int]) -> dict[str, float]:

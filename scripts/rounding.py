@@ -92,15 +92,14 @@ class Rounding:
         for number, start in enumerate(range(0, copies, at_once)):
             hit = (0, blocks, blocks)[number] if number < 3 else draw.randint(0, blocks)
             read = (*ids, *text) if number == 2 else ids  # else token by token
-            predictions = self._read(fmt, read, text[len(read) - len(ids):], min(at_once, copies - start), prefill,
-                                     hit * BLOCK)
-            found.append(predictions.amax(-1, keepdim=True) - predictions[:, list(tokens)])
+            logits = self._read(fmt, read, text[len(read) - len(ids):], min(at_once, copies - start), prefill,
+                                hit * BLOCK)
+            found.append(logits.amax(-1, keepdim=True) - logits[:, list(tokens)])
         return torch.cat(found).cpu()
 
     def _read(self, fmt: str, ids: Sequence[int], text: Sequence[int], copies: int, prefill: str,
               hit: int) -> torch.Tensor:
-        """Log-probabilities behind the text, where ``hit`` tokens of the prompt come from the prefix cache: [copies,
-        vocabulary]."""
+        """Logits [copies, vocabulary] behind the text, where ``hit`` tokens of the prompt come out of the cache."""
         device = self.model.device
         cache: Any = DynamicCache()
         if fmt != 'none':
@@ -111,7 +110,7 @@ class Rounding:
         for token in text:
             logits = self.model(torch.full((copies, 1), token, device=device), past_key_values=cache,
                                 logits_to_keep=1).logits[:, -1]
-        return logits.float().log_softmax(-1)
+        return logits
 
     def _prefill(self, ids: torch.Tensor, cache: Any, prefill: str) -> torch.Tensor:
         """Read ``ids`` [copies, tokens] behind what the cache holds, and store them; logits [copies, vocabulary]."""
@@ -166,8 +165,7 @@ def main() -> None:
             found = rounding.explain(fmt, prompts[far['prompt']].ids, text, far['token'], others, copies,
                                      settings.prefill)
             rows.append({'file': path.name, 'format': fmt, 'prompt': far['prompt'], 'at': far['at'],
-                         'token': far['token'], 'reference_gap': far['gap'],
-                         'visits': visits,
+                         'token': far['token'], 'reference_gap': far['gap'], 'visits': visits,
                          'answers': next(one['answers'] for one in far['company'] if one['token'] == far['token']),
                          **found})
             print_table(rows[-1:], list(rows[0]))

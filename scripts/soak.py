@@ -37,6 +37,7 @@ from smollm2 import HOME, find_or_convert
 from soak_checks import (
     MOST_RARE,
     Kind,
+    came_by,
     deviation,
     explained,
     farthest,
@@ -46,7 +47,6 @@ from soak_checks import (
     rare,
     score,
     speed,
-    visits,
 )
 from soak_load import Answer, Prompt, Request, ask_one, load, make_prompts, make_requests, references
 
@@ -222,17 +222,17 @@ def explain(settings: Settings, policy: str, kinds: Mapping[Kind, int], first: S
         return []
     from rounding import COPIES, PER_VISIT, Rounding  # the servers have ended: the GPU is free
     rounding, prompts, rows = Rounding(settings.model), all_prompts(settings), []
-    for kind, count in kinds.items():
-        prompt, text, token = kind
-        likely = {other: value for value, other in first[prompt].top[len(text)]}
-        own, *others = likely
-        copies = max(COPIES, PER_VISIT * (seen := visits(answers, kind)))
+    for (prompt, text, token), count in kinds.items():
+        own, *others = (other for _, other in first[prompt].top[len(text)])
+        visits = len(came_by(answers, prompt, text))
+        copies = max(COPIES, PER_VISIT * visits)
+        gap = score(Answer(Request(prompt), ids=[*text, token]), first[prompt]).gap
         try:
             found = rounding.explain(policy, prompts[prompt].ids, text, token, others, copies, settings.prefill)
         except RuntimeError as error:  # of memory that somebody else has, for one: the run's figures must not go, too
             found = {'copies': 0, 'smallest_gap': None, 'median_gap': None, 'error': str(error)[:300]}
         rows.append({'prompt': prompt, 'at': len(text), 'token': token, 'own': own, 'text': text, 'answers': count,
-                     'visits': seen, 'reference_gap': likely[own] - likely.get(token, min(likely.values())), **found})
+                     'visits': visits, 'reference_gap': gap, **found})
         print(f'{policy}: {rows[-1]}', flush=True)
     return rows
 

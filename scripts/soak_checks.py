@@ -102,8 +102,7 @@ def farthest(answers: Sequence[Answer], references: Mapping[int, Answer], count:
     which token (``kept``: one of the likeliest that the reference kept, else its gap is a lower bound), how likely it
     found that itself, how its client behaved, the tokens of both, and by how much log-probabilities changed before.
     ``company``: what all answers with the same text up to there say next, how many, and how likely they find it."""
-    everything = _scored(answers, references)
-    found = [pair for pair in everything if pair[0].same < pair[0].tokens]
+    found = [pair for pair in _scored(answers, references) if pair[0].same < pair[0].tokens]
     found.sort(key=lambda pair: -pair[0].gap)
     rows = []
     for scored, answer in found[:count]:
@@ -116,17 +115,21 @@ def farthest(answers: Sequence[Answer], references: Mapping[int, Answer], count:
             'answer': answer.ids, 'reference': reference.ids,
             'changes': [a - b for a, b in zip(answer.logprobs[:at], reference.logprobs)],
             'top': reference.top[at],
-            'company': _company([other for other_score, other in everything
-                                 if other.request.prompt == prompt and other_score.same >= at], at)})
+            'company': _company(came_by(answers, prompt, reference.ids[:at]), at)})
     return rows
+
+
+def came_by(answers: Sequence[Answer], prompt: int, text: Sequence[int]) -> list[Answer]:
+    """Answers to the prompt that have the text, and a token behind it."""
+    return [answer for answer in answers if answer.error is None and answer.request.prompt == prompt
+            and min(len(answer.ids), len(answer.logprobs)) > len(text) and answer.ids[:len(text)] == list(text)]
 
 
 def _company(answers: Sequence[Answer], at: int) -> list[dict]:
     """Per token ``at`` that place: how many answers have it, and the range of its log-probability; the most first."""
     found: dict[int, list[float]] = {}
     for answer in answers:
-        if min(len(answer.ids), len(answer.logprobs)) > at:
-            found.setdefault(answer.ids[at], []).append(answer.logprobs[at])
+        found.setdefault(answer.ids[at], []).append(answer.logprobs[at])
     return [{'token': token, 'answers': len(values), 'least': min(values), 'most': max(values)}
             for token, values in sorted(found.items(), key=lambda item: -len(item[1]))]
 
@@ -177,13 +180,6 @@ def rare(answers: Sequence[Answer], references: Mapping[int, Answer], limit: flo
             kind = answer.request.prompt, tuple(answer.ids[:scored.same]), answer.ids[scored.same]
             found[kind] = found.get(kind, 0) + 1
     return found
-
-
-def visits(answers: Sequence[Answer], kind: Kind) -> int:
-    """How many answers to the prompt have the text, and a token behind it."""
-    prompt, text, _ = kind
-    return sum(answer.request.prompt == prompt and len(answer.ids) > len(text)
-               and tuple(answer.ids[:len(text)]) == text for answer in answers if answer.error is None)
 
 
 def explained(rows: Sequence[Mapping], kinds: int) -> int:

@@ -54,6 +54,14 @@ def test_errors_are_relative_to_what_is_read_now():
     assert page_audit._error(old, new).tolist() == [0.0, pytest.approx(0.5, abs=1e-6), float('inf')]
 
 
+@pytest.mark.parametrize('change, words', [({}, None), ({'first_layer': 0.1}, 'another token'), ({'left': 1}, 'in use'),
+                                           ({'p999': 0.6}, 'the limit is 0.5')])
+def test_verdicts(change, words):
+    row = {'round': 2, 'first_layer': 0.0, 'left': 0, 'p999': 0.3, **change}
+    failed = page_audit.failures(row, 0.5)
+    assert failed == [] if words is None else len(failed) == 1 and words in failed[0] and 'round 2' in failed[0]
+
+
 def test_whose_prompt_a_text_is():
     prompts = [Prompt((1, 2, 3), 1), Prompt((1, 2, 9, 9), 1), Prompt((5, ), 1)]
     assert page_audit.of_prompt(prompts, (1, 2, 3, 4)) == (0, 3) and page_audit.of_prompt(prompts, (1, 2, 9)) == (1, 3)
@@ -61,11 +69,11 @@ def test_whose_prompt_a_text_is():
 
 
 @pytest.mark.parametrize('fmt', [fmt for fmt in FORMATS if fmt.per_token_head], ids=lambda fmt: fmt.name)
-def test_pages_are_read_as_the_format_says(fmt, monkeypatch):
+def test_pages_are_read_as_the_format_says(fmt):
     """Blocks by their logical numbers, from LMDeploy's tuple of one layer's tensors."""
     p = problem(fmt, [192], device='cuda' if torch.cuda.is_available() else 'cpu', block_size=64)
     cache = p.cache
-    layer = tuple(x for x in (cache.k_codes, cache.v_codes, cache.k_scales, cache.v_scales) if x is not None)
+    layer = cache.k_codes, cache.v_codes, cache.k_scales, cache.v_scales
     allocator = SimpleNamespace(get_physical_blocks=lambda blocks: p.block_table[0, :3].cpu().numpy()[blocks])
     pages = object.__new__(page_audit.Pages)
     pages.caches, pages.format, pages.dims = [layer], fmt, (cache.head_dim, cache.v_head_dim)

@@ -343,8 +343,8 @@ def test_rare_answers_by_kind():
                answer([1], [-5.0], error='HTTP 500')]
     assert checks.rare(answers, {0: REFERENCE}, 1.0) == {(0, (7, ), 99): 2, (0, (7, ), 2): 1}
     assert checks.rare(answers, {0: REFERENCE}, 2.9) == {}
-    assert [checks.visits(answers, (0, text, 1)) for text in ((), (7, ), (7, 99), (8, ))] == [5, 5, 1, 0]
-    assert checks.visits(answers, (1, (7, ), 1)) == 0
+    assert [len(checks.came_by(answers, 0, text)) for text in ((), (7, ), (7, 99), (8, ))] == [5, 5, 1, 0]
+    assert checks.came_by(answers, 1, (7, )) == []
 
 
 def test_what_others_say_there():
