@@ -219,14 +219,15 @@ def last_bit() -> str:
 
 def rare() -> str:
     """Answers under load that left their references where those are sure, and what copies of the model say of them."""
-    rows = [{**one, 'format': row['format']} for row in results('soak') for one in row.get('rare', ())]
+    runs = ['soak', *sorted(path.stem for path in (ROOT / 'benchmarks' / 'results').glob('soak_seed_*.json'))]
+    rows = [{**one, 'format': row['format']} for name in runs for row in results(name) for one in row.get('rare', ())]
     lines = [[row['format'], f'{row["prompt"]}, {row["at"]}', f'{row["reference_gap"]:.1f}',
               f'{row["answers"]} of {row["visits"]}', str(row['copies']), number(row, 'smallest_gap', '.2f'),
               number(row, 'median_gap', '.1f'), number(row, 'nearest_other', '.1f')]
              for row in [*rows, *results('rounding')]]
     header = ['cache', 'prompt, token', 'gap in the reference, nats', 'answers that have it', 'copies', 'smallest gap',
               'median', 'smallest of another token']
-    return table(header, lines) + measured('soak', 'rounding') if lines else NOT_MEASURED
+    return table(header, lines) + measured(*runs, 'rounding') if lines else NOT_MEASURED
 
 
 def acceptance() -> str:

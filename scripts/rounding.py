@@ -2,49 +2,74 @@
 """Whether rounding explains a token: many copies of a model, each rounded in its own way, choose again.
 
   scripts/rounding.py [--soak FILE ...] [--formats NAME,...] [--copies N] [--out FOLDER]
+  scripts/rounding.py --floor [--out FOLDER]            how much log-probabilities change; writes rounding_floor.json
 
 Two runs of an engine add in different orders, and differ in last bits. Where a number lies close to the middle between
 two codes, that decides which one is stored, and where a model is undecided about a token's part in a text, what it says
-next. How far that goes cannot be read off one reference. Here transformers, in fp32 and with this package's codecs,
-without engine and kernels, reads a prompt as the engine does and then a text token by token from the quantized cache,
-in many copies. In each, the outputs of attention and of MLPs are off by up to 2^-9 of themselves, bf16's largest
-rounding error; and as under load, part of the prompt is found in the prefix cache (nothing, all whole blocks, or any
-number of them, another one for every eighth of the copies or fewer), which a prompt sees as it is stored, and its other
-tokens as they are. An eighth of the copies or fewer read the text like that, too, at once, which is what an engine does
-with a request that it had to give up and takes up again. Per token: how far, in nats, it is from the likeliest one, in
-the copy that likes it best (``smallest_gap``) and in the median, and in what share of the copies it is the likeliest.
-The other tokens that the reference found likely are the control: rounding that explains those, too, explains nothing.
+next. How far that goes cannot be read off one reference. Here transformers, in fp32 (on a GPU, TF32) and with this
+package's codecs, without engine and kernels, reads a prompt as the engine does and then a text token by token from the
+quantized cache, in many copies. In each, the outputs of attention and of MLPs are off by up to 2^-9 of themselves,
+bf16's largest rounding error; and as under load, part of the prompt is found in the prefix cache (nothing, all whole
+blocks, or any number of them, another one for every eighth of the copies or fewer), which a prompt sees as it is
+stored, and its other tokens as they are. An eighth of the copies, about, read the text like that, too, or a part of it,
+at once, which is what an engine does with a request that it had to give up and takes up again. Copies are asked until
+one finds the token likely enough (soak_checks.py) or all have been asked. Per token: how far, in nats, it is from the
+likeliest one, in the copy that likes it best (``smallest_gap``) and in the median, and in what share of the copies it
+is the likeliest. The other tokens that the reference found likely are the control: rounding that explains those, too,
+explains nothing.
 
 soak.py asks this of every answer that is farther from its reference than its limit. By itself, this script judges the
-answers that soak.json, or other files of soak.py, list, and writes rounding.json. Fast on a GPU; two cores read 300
-tokens of prompts a second.
+answers that soak.json, or other files of soak.py, list, and writes rounding.json. Whether copies are not rounded more
+than an engine rounds is what ``--floor`` tells: how much the log-probabilities of greedy answers change between copies
+with an unquantized cache, which compares with bf16's ``change`` in soak.json. Fast on a GPU; two cores read 300 tokens
+of prompts a second.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchlib import RESULTS, print_table, write_results
 from last_bit import NOISE, Noise
+from soak_checks import GAP_LIMIT
+from soak_load import Prompt
+from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lmdeploy_kvq import get_format
-from lmdeploy_kvq.evaluation.through_transformers import prepare
+from lmdeploy_kvq.evaluation.through_transformers import continue_greedily, prepare
 from lmdeploy_kvq.hf_cache import QuantizedLayer
 
-COPIES, PER_VISIT, MOST_TOKENS, HITS, BLOCK = 512, 8, 2**21, 8, 64
-"""Copies, more where load came by that text often (what happens once in n times is missed by 8 n copies once in 3,000
-times), and fewer where their prompts would be more tokens than that; how many parts of a prompt are found in the prefix
-cache; and tokens of a block."""
+COPIES, PER_VISIT, MOST_TOKENS, HITS, BLOCK = 2048, 32, 2**23, 8, 64
+"""Copies at most; more where load came by that text often, and fewer where their prompts would be more tokens than
+that; how many parts of a prompt are found in the prefix cache; and tokens of a block.
+
+What came once in n times is likely rarer than that: load comes by thousands of texts, and what is seen is the rarest
+that any of them does. Hence many more copies than visits."""
 
 AT_ONCE, SCORES = (2**18, 2**14), 2**28
 """Tokens of prompts that are read at once, on a GPU and on a CPU; and pairs of tokens, of which PyTorch's attention
 keeps several fp32 numbers per head where heads share keys."""
+
+FLOOR_PROMPT, FLOOR_COPIES = 700, 6
+"""Of ``--floor``: tokens of the longest prompt, and copies."""
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Products of matrices in TF32 on a GPU: much faster, and off by 2^-11, a quarter of the noise."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class RoundTrip(DynamicLayer):
@@ -76,13 +101,15 @@ class Rounding:
             layer.mlp.register_forward_hook(self.noise)
 
     @torch.inference_mode()
+    @tf32()
     def gaps(self, fmt: str, ids: Sequence[int], text: Sequence[int], tokens: Sequence[int], copies: int = COPIES,
-             prefill: str = 'raw', seed: int = 0) -> torch.Tensor:
+             prefill: str = 'raw', seed: int = 0, enough: float | None = None) -> torch.Tensor:
         """How far tokens are from the likeliest one behind a prompt and a text: fp32 [copies, tokens], nats.
 
         Args:
             fmt: format, or ``none``. ids, text: the prompt, and what was answered so far. tokens: the candidates.
             prefill: ``LMDEPLOY_KVQ_PREFILL``: what tokens of the prompt see of each other.
+            enough: nats; no more copies are asked once one has the first of the tokens as near.
         """
         self.noise.generator.manual_seed(seed)
         copies = max(1, min(copies, MOST_TOKENS // len(ids)))
@@ -91,10 +118,15 @@ class Rounding:
         blocks, draw, found = (len(ids) - 1) // BLOCK, random.Random(seed), []
         for number, start in enumerate(range(0, copies, at_once)):
             hit = (0, blocks, blocks)[number] if number < 3 else draw.randint(0, blocks)
-            read = (*ids, *text) if number == 2 else ids  # else token by token
+            taken = len(text) if number == 2 else 0  # tokens of the text that are read at once
+            if number > 2 and draw.random() < 1 / HITS:
+                taken = draw.randint(0, len(text))
+            read = (*ids, *text[:taken])
             logits = self._read(fmt, read, text[len(read) - len(ids):], min(at_once, copies - start), prefill,
                                 hit * BLOCK)
             found.append(logits.amax(-1, keepdim=True) - logits[:, list(tokens)])
+            if enough is not None and found[-1][:, 0].min() <= enough:
+                break
         return torch.cat(found).cpu()
 
     def _read(self, fmt: str, ids: Sequence[int], text: Sequence[int], copies: int, prefill: str,
@@ -126,15 +158,44 @@ class Rounding:
             layer.keys = layer.values = None
         return logits
 
+    @torch.inference_mode()
+    @tf32()
+    def change(self, ids: Sequence[int], text: Sequence[int], copies: int) -> torch.Tensor:
+        """What :func:`soak_checks.score` sums for answers that are ``text`` from first to last, without a format: how
+        far log-probabilities of a copy are from another's; nats, fp32 [copies - 1, tokens of the text].
+
+        Of logits in bf16, as engines have them.
+        """
+        read = torch.tensor([*ids, *text[:-1]], device=self.model.device).expand(copies, -1)
+        logits = self.model(read, logits_to_keep=len(text)).logits.bfloat16().float().log_softmax(-1)
+        chosen = torch.tensor(list(text), device=self.model.device).expand(copies, -1)
+        found = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        return (found[1:] - found[:1]).abs().cpu()
+
     def explain(self, fmt: str, ids: Sequence[int], text: Sequence[int], token: int, others: Sequence[int],
                 copies: int = COPIES, prefill: str = 'raw') -> dict[str, Any]:
         """A row: what the module's text says of ``token``, and how near the nearest of the ``others`` comes."""
         others = [other for other in others if other != token]
-        found = self.gaps(fmt, ids, text, [token, *others], copies, prefill)
+        found = self.gaps(fmt, ids, text, [token, *others], copies, prefill, enough=GAP_LIMIT)
         own = found[:, 0]
         return {'copies': len(found), 'smallest_gap': float(own.min()), 'median_gap': float(own.median()),
                 'likeliest': float((own == 0).float().mean()), 'others': len(others),
                 'nearest_other': float(found[:, 1:].min()) if others else None}
+
+
+def floor(folder: str, prompts: Sequence[Prompt]) -> list[dict]:
+    """One row: how much copies differ with an unquantized cache, over greedy answers to the prompts that are short."""
+    rounding = Rounding(folder)
+    short, found = [one for one in prompts if len(one.ids) <= FLOOR_PROMPT], []
+    for number, prompt in enumerate(tqdm(short)):
+        rounding.noise.amount = 0.0
+        text = continue_greedily(rounding.model, list(prompt.ids), prompt.new_tokens, DynamicCache())
+        rounding.noise.amount = NOISE
+        rounding.noise.generator.manual_seed(number)
+        found.append(rounding.change(prompt.ids, text, FLOOR_COPIES))
+    tokens = torch.cat(found, 1)
+    return [{'prompts': len(short), 'longest': FLOOR_PROMPT, 'tokens': tokens.size(1), 'copies': FLOOR_COPIES,
+             'change': float(tokens.mean()), 'largest_change': float(tokens.max())}]
 
 
 def main() -> None:
@@ -142,11 +203,18 @@ def main() -> None:
     parser.add_argument('--soak', type=Path, nargs='+', default=[RESULTS / 'soak.json'])
     parser.add_argument('--formats', help='of the files (default: all)')
     parser.add_argument('--copies', type=int, help='of each (default: as soak.py, by how often the load came by)')
+    parser.add_argument('--floor', action='store_true', help='measure what noise changes, and nothing else')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     import soak
     from smollm2 import chosen_model
     folder = str(chosen_model())
+    if args.floor:
+        *_, settings = soak.parse(['--model', folder])
+        rows = floor(folder, soak.all_prompts(settings))
+        print_table(rows, list(rows[0]))
+        print(write_results('rounding_floor', rows, args.out, model=Path(folder).name, noise=NOISE))
+        return
     rounding, rows, seen = Rounding(folder), [], set()
     for path in args.soak:
         data = json.loads(path.read_text())

@@ -24,9 +24,10 @@ import re
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 
@@ -237,8 +238,13 @@ def explain(settings: Settings, policy: str, kinds: Mapping[Kind, int], first: S
     return rows
 
 
-def verdict(results: Sequence[tuple[dict, list[Answer], list[Answer]]], settings: Settings) -> list[str]:
-    """Complete the rows, bf16's the first; the sentences of all that failed."""
+def verdict(results: Sequence[tuple[dict, list[Answer], list[Answer]]],
+            ask: Callable[..., list[dict]] | None = None) -> list[str]:
+    """Complete the rows, bf16's the first; the sentences of all that failed.
+
+    Args:
+        results: of :func:`attempt`. ask: :func:`explain` without its first argument; without it, nothing is explained.
+    """
     failed = [f'{row["format"]}: {row["error"]}' for row, _, _ in results if 'error' in row]
     base, base_references, base_answers = results[0]
     if 'error' in base:
@@ -256,7 +262,7 @@ def verdict(results: Sequence[tuple[dict, list[Answer], list[Answer]]], settings
         for name in ('tokens_per_s', 'first_token_ms_p50', 'between_tokens_ms_p50', 'answer_ms_p50'):
             row[f'{name}_vs_bf16'] = row[name] / base[name] if row[name] and base[name] else None
         kinds = rare(answers, dict(enumerate(first)), gap_limit(floor, effect))
-        row['rare'] = explain(settings, row['format'], kinds, first, answers)
+        row['rare'] = ask(row['format'], kinds, first, answers) if ask else []
         failed += judge(row, floor, effect, own, explained(row['rare'], len(kinds)))
     return failed
 
@@ -298,16 +304,22 @@ def main() -> int:
             ProcessPoolExecutor(len(formats) if args.parallel else 1, mp_context=context) as pool:
         barrier = manager.Barrier(len(formats)) if args.parallel else None
         results = list(pool.map(attempt, formats, itertools.repeat(settings), itertools.repeat(barrier)))
-    failed = verdict(results, settings)
     rows = [row for row, _, _ in results]
+
+    def save(failed: list[str]) -> Path:
+        name = 'soak_requests' if settings.requests else 'soak' + f'_seed_{settings.seed}' * bool(settings.seed)
+        return write_results(name, rows, args.out, **vars(settings), parallel=args.parallel,
+                             took_seconds=time.monotonic() - began, failed=failed)
+
+    save(verdict(results))  # rare answers are asked about for minutes, and count as wrong until then
+    failed = verdict(results, partial(explain, settings))
+    path = save(failed)
     print_table(rows, ['format', 'requests', 'aborted', 'errors', 'rare_answers', 'wrong_answers', 'equal_answers',
                        'equal_prefix', 'change', 'limit', 'largest_gap', 'gap_limit', 'blocks_in_use',
                        'memory_growth_mib'])
     print_table(rows, ['format', 'tokens_per_s', 'requests_per_s', 'first_token_ms_p50', 'first_token_ms_p99',
                        'between_tokens_ms_p50', 'between_tokens_ms_p99', 'answer_ms_p50', 'answer_ms_p99',
                        'memory_start_mib', 'memory_warm_mib', 'memory_end_mib', 'spare_blocks'])
-    path = write_results('soak_requests' if settings.requests else 'soak', rows, args.out, **vars(settings),
-                         parallel=args.parallel, took_seconds=time.monotonic() - began, failed=failed)
     print(path, *failed, sep='\n')
     return 1 if failed else 0
 

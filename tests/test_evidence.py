@@ -95,13 +95,14 @@ def test_verdicts(compatibility):
     assert 'CPU, H200; commits abc' in compatibility.origin(seen)
 
 
+@pytest.mark.parametrize('file', ['soak.json', 'soak_seed_1.json'])
 @pytest.mark.parametrize('failed', [[], ['fp8: 3 answers no rounding explains']])
-def test_the_last_run_under_load_counts(compatibility, tmp_path, failed):
+def test_the_last_run_under_load_counts(compatibility, tmp_path, failed, file):
     """Beside the tests: a run that fails is a row that fails, whatever shorter tests said before."""
     environment = {'gpu': 'H200', 'gpus': '1', 'commit': 'abc'}
     tests = [{'test': 'tests/a.py::b', 'covers': ['load.soak'], 'outcome': 'passed'}]
     (tmp_path / 'compatibility_gpu.json').write_text(json.dumps({'environment': environment, 'rows': tests}))
-    (tmp_path / 'soak.json').write_text(json.dumps({'environment': environment, 'failed': failed, 'rows': []}))
+    (tmp_path / file).write_text(json.dumps({'environment': environment, 'failed': failed, 'rows': []}))
     line = compatibility.tables(compatibility.evidence(tmp_path))[SECTIONS['load']][0]  # load.soak comes first
     assert line[1] == ('**fails**' if failed else 'works') and f'soak.py): {int(not failed)} on GPU' in line[2]
 

@@ -13,6 +13,8 @@ from lmdeploy_kvq.hf_cache import QuantizedCache
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
 import rounding
 from rounding import Rounding
+from soak_checks import GAP_LIMIT
+from soak_load import Prompt
 
 IDS, TEXT = list(range(20, 60)), [7, 99, 13]
 TOKENS = list(range(250))
@@ -57,12 +59,10 @@ def test_hits_of_the_prefix_cache_are_read_as_stored(exact):
     torch.testing.assert_close(kinds[:, 0], kinds[:, 1], atol=2e-4, rtol=1e-4)  # the two of a batch
     for a, b in ((0, 1), (1, 2)):  # nothing found, and all; the text token by token, and at once
         assert (kinds[a] - kinds[b]).abs().max() > 1e-3
-    short = exact.gaps('int4_per_token_head', ids[:64], TEXT, TOKENS, 16)  # a block that ends with the prompt
-    short = torch.cat([short[:4], short[6:]])
-    torch.testing.assert_close(short, short[:1].expand(14, -1), atol=2e-4, rtol=1e-4)
-    found = exact.gaps('int4_per_token_head', ids[:64], TEXT, TOKENS, 16)[4]  # taken up again
-    whole, = exact.gaps('int4_per_token_head', ids[:64] + TEXT, [], TOKENS, 1)
-    torch.testing.assert_close(found, whole)
+    short = exact.gaps('int4_per_token_head', ids[:64], TEXT, TOKENS, 16)  # a block that ends with the prompt: no hits
+    taken = [exact.gaps('int4_per_token_head', ids[:64] + TEXT[:n], TEXT[n:], TOKENS, 1)[0] for n in range(4)]
+    ways = [next(n for n, other in enumerate(taken) if torch.allclose(row, other, atol=2e-4)) for row in short[::2]]
+    assert ways[:3] == [0, 0, 3] and (taken[0] - taken[3]).abs().max() > 1e-3  # as it was asked, and taken up again
 
 
 def test_copies_differ_and_follow_from_the_seed(small_model, monkeypatch):  # noqa: F811
@@ -83,9 +83,37 @@ def test_rows(small_model):  # noqa: F811
     gaps = noisy.gaps('fp8_per_token_head', IDS, TEXT, TOKENS, 8)
     order = gaps.median(0).values.argsort().tolist()
     likely, least = order[0], order[-1]
-    row = noisy.explain('fp8_per_token_head', IDS, TEXT, likely, [likely, least], 8)
-    own, other = gaps[:, likely], gaps[:, least]
-    assert row == {'copies': 8, 'smallest_gap': float(own.min()), 'median_gap': float(own.median()), 'others': 1,
-                   'likeliest': float((own == 0).float().mean()), 'nearest_other': float(other.min())}
-    assert row['smallest_gap'] == 0 and row['nearest_other'] > 0
+    for token, alone in ((least, likely), (likely, least)):
+        row = noisy.explain('fp8_per_token_head', IDS, TEXT, token, [token, alone], 8)
+        copies = 8 if token == least else 1  # enough: the first that finds it likely
+        own, other = gaps[:copies, token], gaps[:copies, alone]
+        assert row == {'copies': copies, 'smallest_gap': float(own.min()), 'median_gap': float(own.median()),
+                       'others': 1, 'likeliest': float((own == 0).float().mean()), 'nearest_other': float(other.min())}
+        assert (row['smallest_gap'] <= GAP_LIMIT) == (row['nearest_other'] > GAP_LIMIT) == (token == likely)
     assert noisy.explain('fp8_per_token_head', IDS, TEXT, least, [], 8)['nearest_other'] is None
+
+
+def test_texts_are_taken_up_anywhere(exact, monkeypatch):
+    """Requests that were given up: their answer so far is read with the prompt, the rest token by token."""
+    read, original = [], Rounding._read
+
+    def spy(self, fmt, ids, text, *args):
+        read.append((len(ids), len(text)))
+        return original(self, fmt, ids, text, *args)
+
+    monkeypatch.setattr(Rounding, '_read', spy)
+    found = exact.gaps('none', IDS, TEXT, TOKENS, 400)
+    torch.testing.assert_close(found, expected(exact.model, IDS + TEXT).expand(400, -1), atol=2e-4, rtol=1e-4)
+    assert len(read) == 8
+    monkeypatch.setattr(rounding, 'AT_ONCE', (40, 40))  # a copy at a time
+    exact.gaps('none', IDS, TEXT, TOKENS, 60)
+    assert all(sum(pair) == len(IDS) + len(TEXT) for pair in read)
+    taken = [prompt - len(IDS) for prompt, _ in read[8:]]
+    assert taken[2] == len(TEXT) and set(taken) >= {0, 1, 2} and 5 < sum(map(bool, taken)) + 5 < 20
+
+
+def test_how_much_copies_differ(exact, small_model):  # noqa: F811
+    """Nothing without noise; with it, what one pass over prompt and text says of the text's tokens."""
+    assert exact.change(IDS, TEXT, 3).shape == (2, len(TEXT)) and exact.change(IDS, TEXT, 3).max() == 0
+    row, = rounding.floor(str(small_model), [Prompt(tuple(IDS), 4), Prompt(tuple(IDS) * 20, 4), Prompt((5, ), 2)])
+    assert (row['prompts'], row['tokens']) == (2, 6) and 0 < row['change'] <= row['largest_change'] < 1
