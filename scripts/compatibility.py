@@ -14,8 +14,8 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 
 
 def evidence(folder: Path = RESULTS) -> list[dict]:
-    """Tests that ran, the last run under load of each seed, and audits of pages, each with ``gpu`` (its name, empty on
-    a CPU) and ``commit``."""
+    """Tests that ran, the last run under load of each seed, audits of pages and the last run of sanitizers, each with
+    ``gpu`` (its name, empty on a CPU) and ``commit``."""
     tests = []
     for path in sorted(folder.glob('compatibility_*.json')):
         data = json.loads(path.read_text(encoding='utf-8'))
@@ -23,7 +23,8 @@ def evidence(folder: Path = RESULTS) -> list[dict]:
         gpu = env['gpu'] if int(env['gpus']) else ''
         tests += [{'commit': env['commit'], **row, 'gpu': gpu} for row in data['rows'] if row['outcome'] != 'skipped']
     for names, script, row in (('soak.json', 'soak.py', 'load.soak'), ('soak_seed_*.json', 'soak.py', 'load.soak'),
-                               ('page_audit_*.json', 'page_audit.py', 'load.pages')):
+                               ('page_audit_*.json', 'page_audit.py', 'load.pages'),
+                               ('sanitize.json', 'sanitize.py', 'fault.sanitizer')):
         for path in sorted(folder.glob(names)):
             data = json.loads(path.read_text(encoding='utf-8'))
             tests.append({'test': f'scripts/{script}', 'covers': [row], 'gpu': data['environment']['gpu'],

@@ -11,46 +11,23 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from compatibility import evidence, origin, tables
 from decode_clocks import STAGES
 from labels import label
+from load_tables import rare, under_load
+from markdown_tables import NOT_MEASURED, ROOT, measured, number, results, table
 from targets import KNOWN, PRESETS, TARGETS, misses, verdicts
 
 from lmdeploy_kvq import FORMATS, KVFormat, get_format
 from lmdeploy_kvq.hook import PATCHES
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE, LOAD, PAGE = '32x8x128', '64x4096', 64  # LMDeploy's default page
-NOT_MEASURED = '*Not measured yet.*'
 ALT = {'decode_context': 'Decode attention against bf16 by context length',
        'decode_bandwidth': 'Cache bytes read per second by shape',
        'decode_batch': 'Decode attention against bf16 by batch size', 'fill': 'Time to write new tokens against bf16',
        'engine': 'Decode step and tokens per second of an 8B model',
        'accuracy': 'Error of a model against the bytes of its cache, beside LMDeploy and vLLM'}
-
-
-def results(name: str) -> list[dict]:
-    """Rows of a result file, none if it is not there."""
-    path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
-    return json.loads(path.read_text())['rows'] if path.exists() else []
-
-
-def measured(*names: str) -> str:
-    """Which commits result files are of: a table says more about the kernels of that commit than about later ones."""
-    found = {}
-    for name in names:
-        path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
-        if path.exists():
-            found[name] = json.loads(path.read_text())['environment']
-    said = '; '.join(f'{name}.json: commit {env["commit"]}, {env["date"]}' for name, env in found.items())
-    return f'\n\n*{said}.*' if said else ''
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in (header, ['---'] * len(header), *rows))
 
 
 def formats() -> str:
@@ -146,11 +123,6 @@ def hooks() -> str:
     return table(['target', 'why'], [[f'`{patch.name}`', patch.why] for patch in PATCHES])
 
 
-def number(row: dict, key: str, form: str) -> str:
-    """One figure of a row, empty where it has none."""
-    return format(row[key], form) if row.get(key) is not None else ''
-
-
 def decode(preset: str = 'targets', name: str = 'decode') -> str:
     """The committed decode measurements of a preset, whichever preset measured them; a column per policy."""
     rows = [row for row in results(name) if KNOWN[preset].holds(row)]
@@ -215,19 +187,6 @@ def last_bit() -> str:
             for name in ('last_bit', 'dp_72') for row in results(name)]
     header = ['cache', 'answers', 'their worst token, median, nats', 'worst of all', 'tokens that are the likeliest']
     return table(header, rows) + measured('last_bit', 'dp_72') if rows else NOT_MEASURED
-
-
-def rare() -> str:
-    """Answers under load that left their references where those are sure, and what copies of the model say of them."""
-    runs = ['soak', *sorted(path.stem for path in (ROOT / 'benchmarks' / 'results').glob('soak_seed_*.json'))]
-    rows = [{**one, 'format': row['format']} for name in runs for row in results(name) for one in row.get('rare', ())]
-    lines = [[row['format'], f'{row["prompt"]}, {row["at"]}', f'{row["reference_gap"]:.1f}',
-              f'{row["answers"]} of {row["visits"]}', str(row['copies']), number(row, 'smallest_gap', '.2f'),
-              number(row, 'median_gap', '.1f'), number(row, 'nearest_other', '.1f')]
-             for row in [*rows, *results('rounding')]]
-    header = ['cache', 'prompt, token', 'gap in the reference, nats', 'answers that have it', 'copies', 'smallest gap',
-              'median', 'smallest of another token']
-    return table(header, lines) + measured(*runs, 'rounding') if lines else NOT_MEASURED
 
 
 def acceptance() -> str:
@@ -362,8 +321,8 @@ PARTS = {'accuracy': accuracy, 'accuracy-targets': accuracy_targets,
          'formats': formats, 'hooks': hooks, 'fill': fill, 'profile': profile, 'calibration': calibration,
          'targets': targets, 'missed-targets': missed_targets,
          'engine': engine, 'layer': layer, 'engine-tp2': partial(engine, 'engine_tp2'), 'prefill': prefill,
-         'last-bit': last_bit, 'rare': rare, 'batch-texts': batch_texts, 'acceptance': acceptance,
-         'decode-clocks': decode_clocks,
+         'last-bit': last_bit, 'rare': rare, 'under-load': under_load, 'batch-texts': batch_texts,
+         'acceptance': acceptance, 'decode-clocks': decode_clocks,
          'accuracy-engine': accuracy_engine, 'transform-gain': transform_gain,
          'tp': tensor_parallel, 'tp-scales': tensor_parallel_scales, 'format-facts': format_facts,
          'compatibility': compatibility, 'plots': partial(plots, 'decode_context', 'engine', 'accuracy'),

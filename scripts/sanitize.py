@@ -156,8 +156,10 @@ def main(argv: list[str] | None = None) -> int:
         if not row['ok']:
             print(f'--- {row["log"]}\n' + Path(str(row['log'])).read_text(errors='replace')[-3000:])
     version = subprocess.run([program, '--version'], text=True, capture_output=True).stdout.strip().splitlines()
-    print(write_results('sanitize', rows, args.out, sanitizer=version[-1] if version else program))
-    return 0 if len(rows) == len(jobs) and all(row['ok'] for row in rows) else 1
+    failed = [f'{row["tool"]}: {row["format"]}' for row in rows if not row['ok']]
+    failed += [f'{len(jobs) - len(rows)} were left out'] if len(rows) < len(jobs) else []
+    print(write_results('sanitize', rows, args.out, sanitizer=version[-1] if version else program, failed=failed))
+    return 1 if failed else 0
 
 
 if __name__ == '__main__':

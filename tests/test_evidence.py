@@ -116,6 +116,17 @@ def test_audits_of_pages_count(compatibility, tmp_path, failed):
     assert line[1] == ('**fails**' if failed else 'works') and 'page_audit.py' in line[2]
 
 
+@pytest.mark.parametrize('failed', [[], ['racecheck: fp8']])
+def test_the_last_run_of_sanitizers_counts(compatibility, tmp_path, failed):
+    """Of all formats and both tools, hence not what the folder of an older run holds, sanitize_6661cf2.json."""
+    for name, found in (('sanitize', failed), ('sanitize_abc', ['memcheck: fp8'])):
+        (tmp_path / f'{name}.json').write_text(json.dumps({
+            'environment': {'gpu': 'H200', 'gpus': '1', 'commit': 'abc'}, 'failed': found, 'rows': []}))
+    lines = compatibility.tables(compatibility.evidence(tmp_path))[SECTIONS['fault']]
+    state, = (line[1] for line in lines if 'sanitize.py' in line[2])
+    assert state == ('**fails**' if failed else 'works')
+
+
 def test_rows_have_sections_and_names_of_their_own():
     """Ids are unique and belong to a section."""
     assert len(BY_ID) == len(ROWS) and {row.id.partition('.')[0] for row in ROWS} == set(SECTIONS)

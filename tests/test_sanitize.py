@@ -82,8 +82,10 @@ def test_an_interrupt_leaves_the_rows_there_are(tool, tmp_path, monkeypatch, sec
                               '--log', str(tmp_path), '--out', str(tmp_path)])
     finally:
         signal.signal(signal.SIGINT, before)
-    rows = json.loads((tmp_path / 'sanitize.json').read_text())['rows']
+    written = json.loads((tmp_path / 'sanitize.json').read_text())
+    rows = written['rows']
     assert done == 1 and begun == [fast, slow]
+    assert written['failed'] == [f'racecheck: {slow}'] * (not ended) + ['1 were left out']
     assert [(row['format'], row['finished'], row['launches'], row['ok']) for row in rows] == [
         (fast, True, 0, True), (slow, ended, 1, ended)]
 
