@@ -15,7 +15,7 @@
 #   peers     FlashInfer beside us, where it is installed
 #   engine    an 8B model end to end, and prefill: about eight minutes
 #   faults    killed engines, hostile requests, model folders side by side, then memory: about five minutes
-#   soak      three servers under load, side by side, for MINUTES (default 5.5), and four to ten minutes more
+#   soak      three servers under load, side by side, for MINUTES (default 5.5), and four to ten minutes more; SEED
 #   audit     decode steps repeated, every bit compared, and cached pages read again after a load: three minutes
 #   sanitize  every kernel under compute-sanitizer: up to ten minutes
 #   load      on two GPUs: soak on one, and every engine's test on the other, then on both, meanwhile
@@ -81,7 +81,8 @@ for part in "$@"; do
     run 280 memory python3 -m pytest -q -p no:cacheprovider tests/test_faults_gpu.py -k alone_memory_runs_out ;;
   soak)
     minutes=${MINUTES:-5.5}
-    run $((${minutes%.*} * 60 + 700)) soak python3 scripts/soak.py --minutes "$minutes" --parallel --out "$out" ;;
+    run $((${minutes%.*} * 60 + 700)) soak python3 scripts/soak.py --minutes "$minutes" --parallel --out "$out" \
+      --seed "${SEED:-0}" ;;
   load)
     CUDA_VISIBLE_DEVICES=0 again soak &
     CUDA_VISIBLE_DEVICES=1 again ways tools matrix update

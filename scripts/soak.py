@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """The real server under a mixed random load, every answer checked; writes soak.json, exit code 1 if a check fails.
 
-  scripts/soak.py --minutes 6 --parallel            three formats side by side on one GPU: about nine minutes
+  scripts/soak.py --minutes 6 --parallel            three formats side by side on one GPU: about nine minutes, and up to
+                                                    ten more for what rounding.py is asked
+  scripts/soak.py --seed 1 ...                      other prompts and requests; soak_seed_1.json
   scripts/soak.py --requests 10000 --parallel       short requests: device memory must not grow; soak_requests.json
 
 Per format: LMDeploy's server with prefix caching and a cache of --pool-tokens tokens, of which the load needs more than

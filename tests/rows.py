@@ -49,7 +49,7 @@ ROWS = (
     Row('feature.prefill_graphs', 'Piecewise CUDA graphs of prefill'),
     Row('feature.lora', 'LoRA adapters'),
     Row('feature.speculative', 'Speculative decoding: a draft model, several tokens per step'),
-    Row('feature.acceptance', "Drafts of a model with random weights are accepted as often as with bf16"),
+    Row('feature.acceptance', 'Drafts of a model with random weights are accepted as often as with bf16'),
     Row('feature.dllm', 'Diffusion language models (dLLM)'),
     Row('feature.guided', 'Guided decoding (JSON schema, regex)'),
     Row('feature.sleep', 'Sleep and wake-up, level 1 and 2'),

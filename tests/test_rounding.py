@@ -109,7 +109,7 @@ def test_texts_are_taken_up_anywhere(exact, monkeypatch):
     exact.gaps('none', IDS, TEXT, TOKENS, 60)
     assert all(sum(pair) == len(IDS) + len(TEXT) for pair in read)
     taken = [prompt - len(IDS) for prompt, _ in read[8:]]
-    assert taken[2] == len(TEXT) and set(taken) >= {0, 1, 2} and 5 < sum(map(bool, taken)) + 5 < 20
+    assert taken[2] == len(TEXT) and set(taken) >= {0, 1, 2} and sum(map(bool, taken)) < 15  # 7.5 of 60
 
 
 def test_how_much_copies_differ(exact, small_model):  # noqa: F811
