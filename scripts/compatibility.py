@@ -6,23 +6,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tests'))
-from rows import ROWS, SECTIONS, Row  # noqa: E402
+from markdown_tables import RESULTS, ROOT
 
-RESULTS = ROOT / 'benchmarks' / 'results'
+sys.path.insert(0, str(ROOT / 'tests'))
+from rows import ROWS, SECTIONS, Row
+
+SOAKS = ('soak.json', 'soak_seed_*.json')  # the last run under load of every seed
 
 
 def evidence(folder: Path = RESULTS) -> list[dict]:
-    """Tests that ran, the last run under load of each seed, audits of pages and the last run of sanitizers, each with
-    ``gpu`` (its name, empty on a CPU) and ``commit``."""
+    """Tests that ran, runs under load, audits of pages and the last run of sanitizers, each with ``gpu`` (its name,
+    empty on a CPU) and ``commit``."""
     tests = []
     for path in sorted(folder.glob('compatibility_*.json')):
         data = json.loads(path.read_text(encoding='utf-8'))
         env = data['environment']
         gpu = env['gpu'] if int(env['gpus']) else ''
         tests += [{'commit': env['commit'], **row, 'gpu': gpu} for row in data['rows'] if row['outcome'] != 'skipped']
-    for names, script, row in (('soak.json', 'soak.py', 'load.soak'), ('soak_seed_*.json', 'soak.py', 'load.soak'),
+    for names, script, row in (*((names, 'soak.py', 'load.soak') for names in SOAKS),
                                ('page_audit_*.json', 'page_audit.py', 'load.pages'),
                                ('sanitize.json', 'sanitize.py', 'fault.sanitizer')):
         for path in sorted(folder.glob(names)):

@@ -1,12 +1,13 @@
 """Tables of the server under load, for readme.py: what soak.py measured, and what rounding.py was asked about."""
 from __future__ import annotations
 
+from compatibility import SOAKS
 from markdown_tables import NOT_MEASURED, RESULTS, measured, number, results, table
 
 
 def runs() -> list[str]:
     """Names of the last run of every seed."""
-    return ['soak', *sorted(path.stem for path in RESULTS.glob('soak_seed_*.json'))]
+    return [path.stem for names in SOAKS for path in sorted(RESULTS.glob(names))]
 
 
 def under_load() -> str:

@@ -16,7 +16,7 @@ from compatibility import evidence, origin, tables
 from decode_clocks import STAGES
 from labels import label
 from load_tables import rare, under_load
-from markdown_tables import NOT_MEASURED, ROOT, measured, number, results, table
+from markdown_tables import NOT_MEASURED, RESULTS, ROOT, measured, number, results, table
 from targets import KNOWN, PRESETS, TARGETS, misses, verdicts
 
 from lmdeploy_kvq import FORMATS, KVFormat, get_format
@@ -309,7 +309,7 @@ def accuracy() -> str:
 
 def accuracy_targets() -> str:
     """KL against another system's, per domain."""
-    path = ROOT / 'benchmarks' / 'results' / 'accuracy_cpu.json'
+    path = RESULTS / 'accuracy_cpu.json'
     rows = json.loads(path.read_text())['targets'] if path.exists() else []
     return table(['format', 'K transform', 'against', 'target', 'technical', 'prose', 'verdict'],
                  [[f'`{row["format"]}`', row['transform'], row['against'], f'{row["limit"]:.2f}x',

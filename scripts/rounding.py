@@ -39,7 +39,6 @@ from benchlib import RESULTS, print_table, write_results
 from last_bit import NOISE, Noise
 from soak_checks import GAP_LIMIT
 from soak_load import Prompt
-from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lmdeploy_kvq import get_format
@@ -47,11 +46,8 @@ from lmdeploy_kvq.evaluation.through_transformers import continue_greedily, prep
 from lmdeploy_kvq.hf_cache import QuantizedLayer
 
 COPIES, PER_VISIT, MOST_TOKENS, HITS, BLOCK = 2048, 32, 2**23, 8, 64
-"""Copies at most; more where load came by that text often, and fewer where their prompts would be more tokens than
-that; how many parts of a prompt are found in the prefix cache; and tokens of a block.
-
-What came once in n times is likely rarer than that: load comes by thousands of texts, and what is seen is the rarest
-that any of them does. Hence many more copies than visits."""
+"""Copies of a text, and per time that load came by it, whichever is more; tokens that all copies of a prompt may have;
+how many parts of a prompt are found in the prefix cache; and tokens of a block."""
 
 AT_ONCE, SCORES = (2**18, 2**14), 2**28
 """Tokens of prompts that are read at once, on a GPU and on a CPU; and pairs of tokens, of which PyTorch's attention
@@ -59,6 +55,15 @@ keeps several fp32 numbers per head where heads share keys."""
 
 FLOOR_PROMPT, FLOOR_COPIES = 700, 6
 """Of ``--floor``: tokens of the longest prompt, and copies."""
+
+
+def copies_for(visits: int) -> int:
+    """How many copies to ask, at most, about what came once in ``visits`` times.
+
+    It is likely rarer than that: load comes by thousands of texts, and what is seen is the rarest that any of them
+    does. Hence many more copies than visits.
+    """
+    return max(COPIES, PER_VISIT * visits)
 
 
 @contextlib.contextmanager
@@ -187,7 +192,7 @@ def floor(folder: str, prompts: Sequence[Prompt]) -> list[dict]:
     """One row: how much copies differ with an unquantized cache, over greedy answers to the prompts that are short."""
     rounding = Rounding(folder)
     short, found = [one for one in prompts if len(one.ids) <= FLOOR_PROMPT], []
-    for number, prompt in enumerate(tqdm(short)):
+    for number, prompt in enumerate(short):
         rounding.noise.amount = 0.0
         text = continue_greedily(rounding.model, list(prompt.ids), prompt.new_tokens, DynamicCache())
         rounding.noise.amount = NOISE
@@ -229,9 +234,8 @@ def main() -> None:
             # the reference's own token is likely, and no control
             others = [token for _, token in far['top'] if token != far['reference'][far['at']]]
             visits = sum(one['answers'] for one in far['company'])
-            copies = args.copies or max(COPIES, PER_VISIT * visits)
-            found = rounding.explain(fmt, prompts[far['prompt']].ids, text, far['token'], others, copies,
-                                     settings.prefill)
+            found = rounding.explain(fmt, prompts[far['prompt']].ids, text, far['token'], others,
+                                     args.copies or copies_for(visits), settings.prefill)
             rows.append({'file': path.name, 'format': fmt, 'prompt': far['prompt'], 'at': far['at'],
                          'token': far['token'], 'reference_gap': far['gap'], 'visits': visits,
                          'answers': next(one['answers'] for one in far['company'] if one['token'] == far['token']),

@@ -223,15 +223,15 @@ def explain(settings: Settings, policy: str, kinds: Mapping[Kind, int], first: S
     """
     if not kinds or len(kinds) > MOST_RARE:
         return []
-    from rounding import COPIES, PER_VISIT, Rounding  # the servers have ended: the GPU is free
+    from rounding import Rounding, copies_for  # the servers have ended: the GPU is free
     rounding, prompts, rows = Rounding(settings.model), all_prompts(settings), []
     for (prompt, text, token), count in kinds.items():
         own, *others = (other for _, other in first[prompt].top[len(text)])
         visits = len(came_by(answers, prompt, text))
-        copies = max(COPIES, PER_VISIT * visits)
         gap = score(Answer(Request(prompt), ids=[*text, token]), first[prompt]).gap
         try:
-            found = rounding.explain(policy, prompts[prompt].ids, text, token, others, copies, settings.prefill)
+            found = rounding.explain(policy, prompts[prompt].ids, text, token, others, copies_for(visits),
+                                     settings.prefill)
         except RuntimeError as error:  # of memory that somebody else has, for one: the run's figures must not go, too
             found = {'copies': 0, 'smallest_gap': None, 'median_gap': None, 'error': str(error)[:300]}
         rows.append({'prompt': prompt, 'at': len(text), 'token': token, 'own': own, 'text': text, 'answers': count,

@@ -115,5 +115,6 @@ def test_texts_are_taken_up_anywhere(exact, monkeypatch):
 def test_how_much_copies_differ(exact, small_model):  # noqa: F811
     """Nothing without noise; with it, what one pass over prompt and text says of the text's tokens."""
     assert exact.change(IDS, TEXT, 3).shape == (2, len(TEXT)) and exact.change(IDS, TEXT, 3).max() == 0
+    assert rounding.copies_for(7) == rounding.COPIES and rounding.copies_for(263) == 263 * rounding.PER_VISIT
     row, = rounding.floor(str(small_model), [Prompt(tuple(IDS), 4), Prompt(tuple(IDS) * 20, 4), Prompt((5, ), 2)])
     assert (row['prompts'], row['tokens']) == (2, 6) and 0 < row['change'] <= row['largest_change'] < 1
