@@ -283,7 +283,10 @@ def test_pages_that_nobody_wrote_are_an_error():
 # ---- tensor parallelism
 
 RANKS = """
-import os, sys, json, torch, torch.distributed as dist, torch.multiprocessing as mp
+import gc, os, sys, json, torch, torch.distributed as dist, torch.multiprocessing as mp
+# Before there is a group: it makes the group a default argument, and a group that goes with the interpreter lets its
+# threads ask for a lock that is gone ("terminate called", now and then).
+import torch.distributed.nn
 os.environ['TRITON_INTERPRET'] = '1'
 sys.path.insert(0, {tests!r})
 
@@ -297,7 +300,10 @@ def rank_main(rank, cases, out):
     scaled = torch.randn
     for granularity, replicas in cases:
         case(t, rank, granularity, replicas, f'{{out}}.{{granularity}}.{{replicas}}', head, scaled)
-    dist.destroy_process_group()  # else its threads may outlive the interpreter: "terminate called", SIGABRT
+    gc.collect()  # the layers', which refer to one another and to the group
+    dist.destroy_process_group()
+    threads = [open(f'/proc/self/task/{{task}}/comm').read() for task in os.listdir('/proc/self/task')]
+    assert not any('gloo' in name for name in threads), threads
 
 def case(t, rank, granularity, replicas, out, head, scaled):
     layers = t.Layers(t.STATIC[0], 30, granularity)
