@@ -23,8 +23,8 @@ env:
 test-gpu: test-gpu-kernels test-gpu-engines  ## the GPU half, with the Python that has torch, LMDeploy and this package
 
 test-gpu-kernels:
-	$(PYTHON) -m pytest -n $(JOBS) tests/test_fill.py tests/test_flatten.py tests/test_decode.py tests/test_shares.py \
-		tests/test_merge.py tests/test_prefill.py tests/test_prefill_gpu.py tests/test_saturation.py \
+	$(PYTHON) -m pytest -n $(JOBS) tests/test_fill.py tests/test_flatten.py tests/test_decode.py tests/test_division.py \
+		tests/test_shares.py tests/test_merge.py tests/test_prefill.py tests/test_prefill_gpu.py tests/test_saturation.py \
 		tests/test_loading.py -k 'not alone' $(ARGS)
 
 test-gpu-engines:  ## real engines: half an hour on 16 cores

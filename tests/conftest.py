@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=list(left_out))
 
 
-KERNELS = ('test_decode.py', 'test_fill.py', 'test_flatten.py')
+KERNELS = ('test_decode.py', 'test_division.py', 'test_fill.py', 'test_flatten.py')
 
 
 def _squares(items, white: bool) -> set:
