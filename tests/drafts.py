@@ -11,6 +11,7 @@ import torch
 
 from lmdeploy_kvq.accuracy import agreeing
 
+DRAFTED = 3  # tokens per step
 LEARNING_RATE, CROSS_ENTROPY = 5e-4, 0.1
 
 

@@ -1,13 +1,10 @@
 """A picture in the prompts of the tiny Qwen2-VL: for transformers, and as scripts/token_engine.py takes it."""
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
 START, IMAGE, END = 252, 250, 253  # as in models.py
 SPEC = {'seed': 0, 'grid': [1, 8, 8], 'patch': 3 * 2 * 14 * 14, 'offset': 21, 'token': IMAGE, 'tokens': 16}
 

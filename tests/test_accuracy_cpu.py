@@ -1,7 +1,5 @@
 """The accuracy benchmark: its emulations are LMDeploy's own kernels, and what it chooses, compares and judges."""
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from helpers import frobenius
 from lmdeploy_kvq import FORMATS
 
 pytest.importorskip('transformers', minversion='5')
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
 import accuracy_cpu
 import emulations
 from transformers import LlamaConfig, LlamaForCausalLM

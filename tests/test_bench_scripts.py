@@ -9,20 +9,17 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import bench_decode
+import bench_prefill
+import benchlib
+import decode_clocks
 import pytest
+import targets
+import timed_engine
 import torch
 from helpers import python
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import bench_decode  # noqa: E402
-import bench_prefill  # noqa: E402
-import benchlib  # noqa: E402
-import decode_clocks  # noqa: E402
-import targets  # noqa: E402
-import timed_engine  # noqa: E402
-
 SHAPE = '32x8x128'
 
 

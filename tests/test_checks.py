@@ -2,22 +2,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+import dp_check
+import engine_process
+import features_check as features
+import growth_check
+import long_check
+import memory_check
+import parallel_check as parallel
 import pytest
+import smollm2
 import torch
-
-SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
-sys.path.insert(0, str(SCRIPTS))
-
-import dp_check  # noqa: E402
-import engine_process  # noqa: E402
-import features_check as features  # noqa: E402
-import growth_check  # noqa: E402
-import long_check  # noqa: E402
-import memory_check  # noqa: E402
-import parallel_check as parallel  # noqa: E402
-import smollm2  # noqa: E402
 
 HERE = pytest.mark.skipif(not (smollm2.HOME / 'config.json').exists(), reason='needs SmolLM2: make demo')
 

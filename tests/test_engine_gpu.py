@@ -20,7 +20,6 @@ from lmdeploy_kvq import FORMATS
 
 pytestmark = pytest.mark.gpu
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
-sys.path.insert(0, str(SCRIPTS))
 
 
 @pytest.fixture(scope='module')

@@ -37,7 +37,6 @@ def test_of_nothing(): pass
 @pytest.fixture(scope='module')
 def compatibility():
     """The generator of the page."""
-    sys.path.insert(0, str(HERE.parent / 'scripts'))
     import compatibility
     return compatibility
 

@@ -30,7 +30,6 @@ import lmdeploy_kvq as kvq
 
 pytestmark = pytest.mark.gpu
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
-sys.path.insert(0, str(SCRIPTS))
 
 SESSION_LEN = 2048
 SMALL = ['--session-len', str(SESSION_LEN), '--max-batch-size', '8', '--num-gpu-blocks', '400', '--logprobs-mode',

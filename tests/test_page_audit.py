@@ -1,8 +1,6 @@
 """What scripts/page_audit.py makes of LMDeploy's prefix cache and of pages; the audit itself needs a GPU."""
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -12,7 +10,6 @@ from helpers import problem
 
 from lmdeploy_kvq import FORMATS
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
 pytest.importorskip('aiohttp')
 import page_audit
 from soak_load import Prompt

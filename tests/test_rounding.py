@@ -1,20 +1,15 @@
 """scripts/rounding.py: copies of a model that differ by what they round."""
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from test_calibrate import folder as small_model  # noqa: F401  a fixture: a small Llama with a tokenizer
-
-from lmdeploy_kvq.hf_cache import QuantizedCache
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
 import rounding
+import torch
 from rounding import Rounding
 from soak_checks import GAP_LIMIT
 from soak_load import Prompt
+from test_calibrate import folder as small_model  # noqa: F401  a fixture: a small Llama with a tokenizer
+
+from lmdeploy_kvq.hf_cache import QuantizedCache
 
 IDS, TEXT = list(range(20, 60)), [7, 99, 13]
 TOKENS = list(range(250))

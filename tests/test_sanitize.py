@@ -5,20 +5,16 @@ import json
 import os
 import signal
 import stat
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+import sanitize
+import sanitize_launches
 import torch
 from helpers import by_name
 
 import lmdeploy_kvq as kvq
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
-
-import sanitize
-import sanitize_launches
 
 TOOL = """#!/bin/sh
 # stands in for compute-sanitizer: runs nothing, and prints what that prints at the end

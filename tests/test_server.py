@@ -19,18 +19,15 @@ from helpers import clean_environment
 
 pytest.importorskip('transformers', minversion='5')
 pytest.importorskip('aiohttp')
+import soak
+import soak_checks as checks
+import soak_load as load
+from soak_load import Answer, Prompt, Request
 from test_calibrate import folder as small_model  # noqa: F401  a fixture: a small Llama with a tokenizer
 from test_eval_tasks import QUESTIONS
 from test_eval_tasks import task as lm_eval_task  # noqa: F401  a fixture: writes a task
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / 'scripts'))
-
-import soak  # noqa: E402
-import soak_checks as checks  # noqa: E402
-import soak_load as load  # noqa: E402
-from soak_load import Answer, Prompt, Request  # noqa: E402
-
 SESSION_LEN = 160
 
 

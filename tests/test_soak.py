@@ -4,8 +4,6 @@ from __future__ import annotations
 import itertools
 import math
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -13,16 +11,13 @@ import torch
 
 pytest.importorskip('transformers', minversion='5')
 pytest.importorskip('aiohttp')
-from test_calibrate import folder as small_model  # noqa: F401  a fixture: a small Llama with a tokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'scripts'))
-
 import gpu_memory
 import soak
 import soak_checks as checks
 import soak_load as load
 from rounding import COPIES, Rounding
 from soak_load import Answer, Request
+from test_calibrate import folder as small_model  # noqa: F401  a fixture: a small Llama with a tokenizer
 
 # ---- prompts and requests
 

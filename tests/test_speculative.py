@@ -18,7 +18,6 @@ from lmdeploy_kvq.kernels.decode import MAX_QUERY_LEN
 from lmdeploy_kvq.scales import FILE_NAME, ScaleError, write_file
 
 pytestmark = pytest.mark.covers('feature.speculative')
-DRAFTED = 3
 STATIC = [fmt for fmt in kvq.FORMATS if fmt.needs_scales]
 
 
@@ -36,7 +35,7 @@ def folders(tmp_path) -> tuple[Path, Path]:
     return tmp_path / 'target', tmp_path / 'draft'
 
 
-def configure(folders: tuple[Path, Path], policy: int, tokens: int = DRAFTED, method: str = 'eagle', model=None):
+def configure(folders: tuple[Path, Path], policy: int, tokens: int = drafts.DRAFTED, method: str = 'eagle', model=None):
     """LMDeploy's own configuration of the draft, for a target with a cache of ``policy``."""
     from lmdeploy.pytorch.config import SpecDecodeConfig
     return SpecDecodeConfig.from_config(
@@ -201,9 +200,9 @@ def test_acceptance_of_a_target_that_drafts_for_itself():
         with torch.inference_mode():
             texts.append(model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids):].tolist())
     draft = drafts.as_draft(model)
-    exact = drafts.acceptance(draft, prompts, texts, None, DRAFTED)
+    exact = drafts.acceptance(draft, prompts, texts, None, drafts.DRAFTED)
     assert 0.3 < exact < 1
-    assert drafts.acceptance(draft, prompts, [text[::-1] for text in texts], None, DRAFTED) < exact / 2
+    assert drafts.acceptance(draft, prompts, [text[::-1] for text in texts], None, drafts.DRAFTED) < exact / 2
 
 
 def test_a_fitted_draft_foresees_hidden_states(tmp_path):

@@ -13,7 +13,6 @@ from helpers import MODEL
 import lmdeploy_kvq as kvq
 
 pytestmark = pytest.mark.gpu
-DRAFTED = 3
 
 
 def with_drafts(folder: Path, draft: Path, prompts: list[list[int]], ways: tuple[str, ...] = ('draft', ),
@@ -25,7 +24,7 @@ def with_drafts(folder: Path, draft: Path, prompts: list[list[int]], ways: tuple
             every token, a quarter of an hour with 49,152 entries.
     """
     engine = {'num_gpu_blocks': 400, 'session_len': 512, 'max_batch_size': 64, 'cudagraph_capture_batch_sizes': [64]}
-    speculative = {'method': 'eagle', 'model': str(draft), 'num_speculative_tokens': DRAFTED}
+    speculative = {'method': 'eagle', 'model': str(draft), 'num_speculative_tokens': drafts.DRAFTED}
     policies = {'none': 0, **{name: kvq.get_format(name).policy for name in engines.FORMATS}}
     return engines.run(folder, {
         f'{name} {way}': {'prompts': prompts, 'new_tokens': 64, 'quant_policy': policy, 'engine': engine,
@@ -77,7 +76,8 @@ def random_weights(tmp_path_factory):
     several = {name: engines.kl(*engines.same_history(runs[f'{name} alone'], runs[f'{name} draft']))
                for name in policies}
     exact = drafts.as_draft(models.build('llama').to(torch.bfloat16).float())
-    own = {name: drafts.acceptance(exact, prompts, runs[f'{name} draft']['tokens'], name if policy else None, DRAFTED)
+    own = {name: drafts.acceptance(exact, prompts, runs[f'{name} draft']['tokens'], name if policy else None,
+                                   drafts.DRAFTED)
            for name, policy in policies.items()}
     return {name: {'policy': policy, 'drafted': runs[f'{name} draft']['drafted'], 'accepted': accepted[name],
                    'accepted_by_transformers': own[name], 'kl_of_several_at_once': several[name]}

@@ -130,7 +130,6 @@ CHOSEN = [fmt for fmt in FORMATS if fmt.name in ('int8_per_token_head', 'int4_pe
 @pytest.fixture(scope='module')
 def engines(tmp_path_factory):
     """(version, policy) to what a real engine answered, with bf16's predictions of the same version as reference."""
-    sys.path.insert(0, str(ROOT / 'scripts'))
     from engine_matrix import prompts
     from eval_engine import passages, probe
     from transformers import AutoTokenizer
